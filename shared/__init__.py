@@ -1,0 +1,1 @@
+"""What the papers share and another lab would replace by its own: runs, checkpoints, command line, loaders."""
