@@ -33,7 +33,9 @@ class Config:
 
 
 PRESETS = {
-    "default": Preset(Config(), seeds=3, data="generated half circles", hours=0.01, why_not_comparable="generated data"),
+    "default": Preset(
+        Config(), seeds=3, data="generated half circles", hours=0.01, why_not_comparable="generated data"
+    ),
     "smoke": Preset(
         Config(steps=4, samples=40, batch=8),
         data="generated half circles",
@@ -48,12 +50,13 @@ if __name__ == "__main__":
     cli.precheck(Config, PRESETS)  # bad usage and --list-presets are answered before torch is imported
 
 import torch  # noqa: E402
-from data import EXPECTED_ROWS, generate, load  # noqa: E402
-from model import Perceptron, accuracy  # noqa: E402
 
 from shared import report  # noqa: E402
 from shared.run import Run  # noqa: E402
 from shared.sampling import EpochSampler  # noqa: E402
+
+from data import EXPECTED_ROWS, generate, load  # noqa: E402
+from model import Perceptron, accuracy  # noqa: E402
 
 ARMS = ("perceptron", "linear")
 

@@ -1,0 +1,118 @@
+"""Measure papers and write their results/: the only way a number gets there.
+
+uv run tools/reproduce.py ggcn                                  # the default preset
+uv run tools/reproduce.py ggcn --preset texas wisconsin --data DIR
+uv run tools/reproduce.py --all
+
+An interrupted measurement is gone on with; a finished one of the same code is taken as it is, unless --fresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from shared import fingerprint
+from shared.errors import UserError
+from shared.files import read_json, replacing, write_json
+from tools.common import ROOT, arguments, machine_lock, paper_folder, papers, tool
+
+FIGURES = (".png", ".gif")
+
+
+def cpu() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: bool) -> dict[str, Any]:
+    """Run one preset to its end and write ``results/<preset>.json`` and its figures.
+
+    Raises:
+        UserError: the run failed; what it printed last is named.
+    """
+    run = folder / "runs" / f"reproduce-{preset}"
+    code = fingerprint.of_paper(folder)
+    if run.exists() and (fresh or not _same_code(run, code)):
+        shutil.rmtree(run)
+    if not (run / "result.json").exists():
+        resume = (run / "config.json").exists()
+        if not resume and run.exists():
+            shutil.rmtree(run)
+        words = ["--resume", str(run)] if resume else ["--preset", preset, *extra, "--out", str(run)]
+        print(f"{folder.name} {preset}: {'going on' if resume else 'running'} (load {load:.2f})", flush=True)
+        done = subprocess.run([sys.executable, "train.py", *words], cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{folder.name} --preset {preset} ended with exit code {done.returncode}")
+    result: dict[str, Any] = read_json(run / "result.json", f"{folder.name} {preset}")
+    result["machine"] = {"cpu": cpu(), "cores": os.cpu_count(), "load_at_start": round(load, 2)}
+    results = folder / "results"
+    write_json(results / f"{preset}.json", result)
+    for path in sorted(run.iterdir()):
+        if path.suffix in FIGURES:
+            name = path.name if preset == "default" else f"{preset}-{path.name}"
+            with replacing(results / name) as temporary:
+                shutil.copyfile(path, temporary)
+    return result
+
+
+def _same_code(run: Path, code: str) -> bool:
+    try:
+        return bool(json.loads((run / "config.json").read_text(encoding="utf-8")).get("code") == code)
+    except (OSError, ValueError):
+        return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = arguments(__doc__)
+    parser.add_argument("slugs", nargs="*", help="papers to measure")
+    parser.add_argument("--all", action="store_true", help="every paper")
+    parser.add_argument("--preset", nargs="+", default=["default"], help="presets to measure (default: default)")
+    parser.add_argument("--data", type=Path, help="folder with the real data")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of the preset's")
+    parser.add_argument("--fresh", action="store_true", help="measure again although there is a finished run")
+
+    def body(options: argparse.Namespace) -> int:
+        if bool(options.slugs) == options.all:
+            raise UserError("name the papers to measure, or give --all")
+        slugs = papers() if options.all else options.slugs
+        folders = [paper_folder(slug) for slug in slugs]
+        extra = [] if options.data is None else ["--data", str(options.data.resolve())]
+        extra += [] if options.seeds is None else ["--seeds", str(options.seeds)]
+        failed = []
+        with machine_lock("reproduce") as load:
+            for folder in folders:
+                for preset in options.preset:
+                    try:
+                        result = measure(folder, preset, extra, load, options.fresh)
+                    except UserError as error:
+                        print(f"failed: {error}", file=sys.stderr)
+                        failed.append(f"{folder.name}/{preset}")
+                        continue
+                    verdicts = ", ".join(f"{c['name']} {'holds' if c['holds'] else 'fails'}" for c in result["claims"])
+                    print(f"{folder.name} {preset}: {result['seconds']:.0f} s; {verdicts or 'no claim decided'}")
+        print(f"next: uv run tools/gallery.py ({ROOT.name}/README.md and the papers' READMEs show the new numbers)")
+        if failed:
+            print(f"error: not measured: {', '.join(failed)}", file=sys.stderr)
+        return 1 if failed else 0
+
+    return tool(parser, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
