@@ -47,8 +47,9 @@ class Unpack:
 class DataSet:
     """One entry of the catalogue.
 
-    ``holds`` are glob patterns that must all match below the folder once the set is complete. ``download`` tells its
-    size in words; ``by_hand`` are the steps for what sits behind a registration or licence click.
+    ``holds`` are glob patterns that must all match below the folder once the set is complete; ``folder`` is the part
+    of it that a paper takes as ``--data``. ``download`` tells the size in words; ``by_hand`` are the steps for what
+    sits behind a registration or licence click.
     """
 
     name: str
@@ -61,6 +62,7 @@ class DataSet:
     files: tuple[File, ...] = ()
     by_hand: tuple[str, ...] = ()
     note: str = ""
+    folder: str = ""
 
 
 PLANETOID = "https://raw.githubusercontent.com/kimiyoung/planetoid/af6abf468a772cc055bec88c52e4d6f51b7c37e3/data"
@@ -349,7 +351,31 @@ _SHAPES = (
     ),
 )
 
+_NFM = (
+    "https://raw.githubusercontent.com/hexiangnan/neural_factorization_machine"
+    "/ca2a5d11b929816aa44c6e470e795af144608507/data/frappe"
+)
+_FRAPPE_CHECKSUMS = {
+    "train": ("git:176b2aaf1f63dd13d3e66a5c17c8ec8186e91893", None),
+    "validation": ("sha256:fdf4be563a7dd9b15f7a6e8b32671e90e6e7a2a2bd3af4e10bf13c5ad7e76e9e", 4_163_044),
+    "test": ("sha256:a2ebaef3a9af8e55f8bb0d08bc4923965e42e43760ebd7635ac2f8c5db99e097", 2_081_389),
+}
+
 _CLICKS = (
+    DataSet(
+        name="frappe",
+        title="Frappe app usage in libFM format, 288,609 rows",
+        licence="research use (Baltrunas et al. 2015), repository states none",
+        home="https://github.com/hexiangnan/neural_factorization_machine",
+        papers=("xdeepint",),
+        download="about 20 MB",
+        holds=tuple(f"frappe/frappe.{part}.libfm" for part in _FRAPPE_CHECKSUMS),
+        files=tuple(
+            File(f"frappe/frappe.{part}.libfm", f"{_NFM}/frappe.{part}.libfm", checksum, size)
+            for part, (checksum, size) in _FRAPPE_CHECKSUMS.items()
+        ),
+        folder="frappe",
+    ),
     DataSet(
         name="criteo",
         title="Criteo display advertising challenge, 45,840,617 labelled rows",
@@ -359,6 +385,7 @@ _CLICKS = (
         download="about 4.6 GB",
         holds=("criteo/train.txt",),
         files=(File("dac.tar.gz", unpack=Unpack("tar", "criteo", limit=16 * GIB)),),
+        folder="criteo",
         by_hand=(
             "open https://ailab.criteo.com/ressources/, choose the Kaggle display advertising data, accept the terms",
             "save the archive as {dest}/dac.tar.gz",
@@ -374,6 +401,7 @@ _CLICKS = (
         download="about 1.1 GB",
         holds=("avazu/train.csv",),
         files=(File("train.gz", unpack=Unpack("gz", "avazu/train.csv", limit=8 * GIB)),),
+        folder="avazu",
         by_hand=(
             "sign in at https://www.kaggle.com/c/avazu-ctr-prediction/data and accept the rules",
             "save train.gz in {dest} (or: kaggle competitions download -c avazu-ctr-prediction -f train.gz)",
@@ -388,6 +416,7 @@ _CLICKS = (
         papers=("xdeepint",),
         download="about 6 GB, 14 GB once prepared",
         holds=("ipinyou/train.log.txt", "ipinyou/test.log.txt"),
+        folder="ipinyou",
         by_hand=(
             "get ipinyou.contest.dataset.zip from https://contest.ipinyou.com or the mirror at UCL that "
             "https://github.com/wnzhang/make-ipinyou-data names",
@@ -403,6 +432,7 @@ _CLICKS = (
         papers=("future_gradient_descent",),
         download="about 350 GB",
         holds=tuple(f"criteo_1tb/day_{day}" for day in range(24)),
+        folder="criteo_1tb",
         by_hand=(
             "open https://ailab.criteo.com/ressources/ and accept the terms of the 1TB click logs",
             "fetch day_0.gz to day_23.gz and decompress them to {dest}/criteo_1tb/day_0 ... day_23",
@@ -423,6 +453,7 @@ _DRIVING = (
             "nuscenes/v1.0-trainval/sample.json",
             "nuscenes/*infos_train.pkl",
         ),
+        folder="nuscenes",
         by_hand=(
             "register at https://www.nuscenes.org/nuscenes and accept the terms of use",
             "fetch the ten trainval parts, the metadata and the maps; unpack all of them into {dest}/nuscenes",

@@ -206,7 +206,9 @@ def parse(config_type: type, presets: Mapping[str, Preset], argv: Sequence[str],
         ],
         frozen=True,
     )
-    arguments.__doc__ = (sys.modules[config_type.__module__].__doc__ or config_type.__doc__ or "").strip()
+    arguments.__doc__ = (
+        getattr(sys.modules.get(config_type.__module__), "__doc__", None) or config_type.__doc__ or ""
+    ).strip()
     try:
         parsed: Any = _tyro(arguments, arguments(House(preset=name), default), argv)
     except ValueError as error:  # raised by Config.__post_init__

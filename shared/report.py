@@ -92,9 +92,9 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
         (figure, axes) as ``matplotlib.pyplot.subplots`` gives them; ``kwargs`` go to ``Figure.subplots``.
     """
     import matplotlib
-    from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     style: Any = {
         "axes.prop_cycle": cycler(color=COLOURS),

@@ -1,7 +1,8 @@
 """Reading pickles that others published, without letting them run code.
 
 A pickle is a program: ``pickle.load`` calls whatever it names. The loader here resolves only the names of an allow list
-(numpy arrays, scipy sparse matrices, plain containers) and refuses everything else before it is imported.
+(numpy arrays, scipy sparse matrices, plain containers) and refuses everything else before it is imported. It guards
+against code; a file made to exhaust memory, or to hand numpy a nonsensical dtype, is not what it can stop.
 """
 
 from __future__ import annotations
