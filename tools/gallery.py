@@ -39,13 +39,15 @@ def results_block(folder: Path) -> str:
     for name, result in results_of(folder).items():
         data = ", ".join(f"{row['name']} ({row['kind']})" for row in result["data"])
         cores = result.get("machine", {}).get("cores", "?")
+        together = result.get("machine", {}).get("side_by_side", 1)
+        beside = "" if together == 1 else f", {together} presets side by side"
         if len(data) > 120:
             kinds = sorted({row["kind"] for row in result["data"]})
             data = f"{len(result['data'])} data sets ({', '.join(kinds)})"
         out.append(f"### `{name}`")
         out.append(
             f"`{result['command']}` took {result['seconds']:.0f} s and {result['peak_memory_mib']} MiB "
-            f"on {cores} cores ({result['device']}, torch {result['versions'].get('torch', '?')}); data: {data}."
+            f"on {cores} cores{beside} ({result['device']}, torch {result['versions'].get('torch', '?')}); data: {data}."
         )
         if result["code"] != code:
             out.append("> **Stale:** measured with an earlier version of the code in this folder.")

@@ -5,6 +5,7 @@ uv run tools/reproduce.py ggcn --preset texas wisconsin --data DIR
 uv run tools/reproduce.py --all
 
 An interrupted measurement is gone on with; a finished one of the same code is taken as it is, unless --fresh.
+--jobs 2 runs two presets side by side with one thread each; default presets are always measured alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: bool) -> dict[str, Any]:
-    """Run one preset to its end and write ``results/<preset>.json`` and its figures.
+def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: bool, jobs: int = 1) -> dict[str, Any]:
+    """Run one preset to its end and write ``results/<preset>.json`` and its figures; ``jobs`` run side by side.
 
     Raises:
         UserError: the run failed; what it printed last is named.
@@ -55,11 +57,13 @@ def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: boo
             shutil.rmtree(run)
         words = ["--resume", str(run)] if resume else ["--preset", preset, *extra, "--out", str(run)]
         print(f"{folder.name} {preset}: {'going on' if resume else 'running'} (load {load:.2f})", flush=True)
-        done = subprocess.run([sys.executable, "train.py", *words], cwd=folder, stdout=subprocess.PIPE, text=True)
+        env = dict(os.environ) if jobs == 1 else os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", *words]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=env)
         if done.returncode:
             raise UserError(f"{folder.name} --preset {preset} ended with exit code {done.returncode}")
     result: dict[str, Any] = read_json(run / "result.json", f"{folder.name} {preset}")
-    result["machine"] = {"cpu": cpu(), "cores": os.cpu_count(), "load_at_start": round(load, 2)}
+    result["machine"] = {"cpu": cpu(), "cores": os.cpu_count(), "load_at_start": round(load, 2), "side_by_side": jobs}
     results = folder / "results"
     write_json(results / f"{preset}.json", result)
     for path in sorted(run.iterdir()):
@@ -85,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", default=["default"], help="presets to measure (default: default)")
     parser.add_argument("--data", type=Path, help="folder with the real data")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the preset's")
+    parser.add_argument("--jobs", type=int, default=1, help="presets measured side by side, with one thread each")
     parser.add_argument("--fresh", action="store_true", help="measure again although there is a finished run")
 
     def body(options: argparse.Namespace) -> int:
@@ -94,18 +99,30 @@ def main(argv: list[str] | None = None) -> int:
         folders = [paper_folder(slug) for slug in slugs]
         extra = [] if options.data is None else ["--data", str(options.data.resolve())]
         extra += [] if options.seeds is None else ["--seeds", str(options.seeds)]
-        failed = []
+        if options.jobs < 1:
+            raise UserError(f"--jobs is {options.jobs}, expected at least 1")
+        failed: list[str] = []
+        work = [(folder, preset) for folder in folders for preset in options.preset]
+        alone = [item for item in work if item[1] == "default" or options.jobs == 1]
+        together = [item for item in work if item not in alone]
         with machine_lock("reproduce") as load:
-            for folder in folders:
-                for preset in options.preset:
-                    try:
-                        result = measure(folder, preset, extra, load, options.fresh)
-                    except UserError as error:
-                        print(f"failed: {error}", file=sys.stderr)
-                        failed.append(f"{folder.name}/{preset}")
-                        continue
-                    verdicts = ", ".join(f"{c['name']} {'holds' if c['holds'] else 'fails'}" for c in result["claims"])
-                    print(f"{folder.name} {preset}: {result['seconds']:.0f} s; {verdicts or 'no claim decided'}")
+
+            def one(item: tuple[Path, str], jobs: int) -> None:
+                folder, preset = item
+                try:
+                    result = measure(folder, preset, extra, load, options.fresh, jobs)
+                except UserError as error:
+                    print(f"failed: {error}", file=sys.stderr)
+                    failed.append(f"{folder.name}/{preset}")
+                    return
+                verdicts = ", ".join(f"{c['name']} {'holds' if c['holds'] else 'fails'}" for c in result["claims"])
+                took = f"{result['seconds']:.0f} s; {verdicts or 'no claim decided'}"
+                print(f"{folder.name} {preset}: {took}", flush=True)
+
+            for item in alone:
+                one(item, 1)
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(lambda item: one(item, options.jobs), together))
         print(f"next: uv run tools/gallery.py ({ROOT.name}/README.md and the papers' READMEs show the new numbers)")
         if failed:
             print(f"error: not measured: {', '.join(failed)}", file=sys.stderr)

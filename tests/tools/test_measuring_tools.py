@@ -30,7 +30,7 @@ def house(toy, monkeypatch):
 
 def test_reproduce_writes_results_and_gallery_shows_them(house, capsys, monkeypatch):
     folder = house / "papers" / "toy"
-    assert reproduce.main(["toy", "--preset", "smoke"]) == 0
+    assert reproduce.main(["toy", "--preset", "smoke", "--jobs", "2"]) == 0
     assert reproduce.main(["--all"]) == 0
     result = json.loads((folder / "results" / "default.json").read_text())
     assert result["claims"][0]["holds"] and result["machine"]["cores"] and (folder / "results" / "figure.png").exists()
@@ -72,6 +72,7 @@ def test_reproduce_goes_on_with_an_interrupted_run(house):
         (["toy", "--all"], "name the papers"),
         (["--presets", "x"], "unrecognized"),
         (["toy", "--seeds", "many"], "invalid int"),
+        (["toy", "--jobs", "0"], "at least 1"),
     ],
 )
 def test_reproduce_bad_usage(house, capsys, argv, part):
