@@ -47,7 +47,8 @@ def results_block(folder: Path) -> str:
         out.append(f"### `{name}`")
         out.append(
             f"`{result['command']}` took {result['seconds']:.0f} s and {result['peak_memory_mib']} MiB "
-            f"on {cores} cores{beside} ({result['device']}, torch {result['versions'].get('torch', '?')}); data: {data}."
+            f"on {cores} cores{beside} ({result['device']}, torch {result['versions'].get('torch', '?')}). "
+            f"Data: {data}."
         )
         if result["code"] != code:
             out.append("> **Stale:** measured with an earlier version of the code in this folder.")
