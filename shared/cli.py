@@ -152,7 +152,8 @@ def _tyro(arguments: type, default: Any, argv: Sequence[str]) -> Any:
                 rules += 1
             elif rules == 1 and line:
                 body.append(line)
-        raise UserError(" ".join(body) or " ".join(line for line in lines if line)) from None
+        message = " ".join(body) or " ".join(line for line in lines if line)
+        raise UserError(message.removeprefix("Error parsing config: ").removeprefix("Error parsing ")) from None
     finally:
         if columns is None:
             del os.environ["COLUMNS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -184,19 +185,20 @@ def test_no_device_is_assumed_and_no_pickle_is_loaded(slug):
 
 def config_and_presets(slug):
     """Config and PRESETS of a paper, without running it."""
-    import runpy
-
-    folder = folder_of(slug)
-    kept = {name: sys.modules.pop(name) for name in ("model", "data") if name in sys.modules}
+    folder, name = folder_of(slug), "train_of_" + slug
+    kept = {other: sys.modules.pop(other) for other in ("model", "data") if other in sys.modules}
     sys.path.insert(0, str(folder))
     try:
-        space = runpy.run_path(str(folder / "train.py"), run_name="train_of_" + slug)
+        spec = importlib.util.spec_from_file_location(name, folder / "train.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # Config's annotations are looked up there
+        spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        for name in ("model", "data"):
-            sys.modules.pop(name, None)
+        for other in ("model", "data"):
+            sys.modules.pop(other, None)
         sys.modules.update(kept)
-    return space["Config"], space["PRESETS"], folder
+    return module.Config, module.PRESETS, folder
 
 
 @each_paper
@@ -312,7 +314,10 @@ def test_readme(slug, tmp_path):
     found = commands(text.partition("<!-- results:begin -->")[0] + text.partition("<!-- results:end -->")[2])
     assert found, "the README shows no command"
     for words in found:
-        shown = [str(tmp_path) if word in ("DIR", "PATH") or "/" in word else word for word in words]
+        shown = [str(tmp_path) if word in ("DIR", "PATH") else word for word in words]
+        for flag in ("--data", "--out"):
+            if flag in shown:
+                shown[shown.index(flag) + 1] = str(tmp_path)
         if "--resume" in shown:
             continue
         if "--out" in shown:
