@@ -546,7 +546,7 @@ def fit(unit: Unit, name: str, arm: str, config: Config, run: Run, split: Split,
             ids, labels = (t.to(run.device, non_blocking=True) for t in table.batch(rows))
             logits = model(ids)
             loss = F.binary_cross_entropy_with_logits(logits, labels)
-            # FTRL's thresholds are meant for the sum over the mini-batch, Adam for the mean (sheet of the code)
+            # FTRL's thresholds are meant for the sum over the mini-batch, Adam for the mean
             run.backward(loss * (weight * len(index) if summed else weight))
             mean_loss += loss.detach() * weight
             largest = torch.maximum(largest, logits.detach().abs().max())

@@ -419,7 +419,7 @@ PARAMETERS = {
 
 
 def test_presets_at_full_size(train: ModuleType) -> None:
-    """Every network of every preset is built on the meta device; GGCN's sizes are those of the sheet."""
+    """Every network of every preset is built on the meta device; GGCN's sizes are counted by hand."""
     seen = set()
     for preset in train.PRESETS.values():
         for job in train.jobs(preset.config):

@@ -66,10 +66,8 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypa
 
 
 def test_state_must_be_plain(tmp_path):
-    for value in (object(), {"a": {1, 2}}, [np.float64(1)], {object(): 1}):
+    for value in (object(), {"a": {1, 2}}, [np.zeros(2)], {object(): 1}):
         with pytest.raises(TypeError):
-            if isinstance(value, list) and isinstance(value[0], float):
-                raise TypeError("numpy floats are floats")
             assert_plain(value)
     with pytest.raises(TypeError, match=r"state\['a'\]\[0\]"):
         Checkpoints(tmp_path, "toy").save("last", {}, {"a": [object()]})
