@@ -743,6 +743,12 @@ def test_a_table_of_a_written_graph(train: ModuleType, tmp_path: Path) -> None:
     rows = {row["metric"]: row["comparable"] for row in result["reported"]}
     assert rows["texas/ggcn/test_accuracy"]
     assert {row["kind"] for row in result["data"]} == {"real"}
+    few = tmp_path / "few"  # chosen on one split, only the chosen candidate is trained on the other
+    assert train.main([*argv, "--networks", "gcnii", "--selection-splits", "1", "--out", str(few)]) == 0
+    metrics = json.loads((few / "result.json").read_text())["metrics"]
+    trained = {name: metrics[f"texas/gcnii/{name}/test_accuracy"]["values"] for name in ("plain", "star")}
+    assert sorted(map(len, trained.values())) == [1, 2]
+    assert metrics["texas/gcnii/test_accuracy"]["values"] == max(trained.values(), key=len)
     assert train.main([*argv, "--study", "depth", "--networks", "ggcn", "gcnii", "--out", str(tmp_path / "deep")]) == 0
     assert train.main([*argv, "--study", "ablation", "--out", str(tmp_path / "parts")]) == 0
 
