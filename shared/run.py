@@ -627,10 +627,16 @@ class Run:
         self._claims.append(row)
 
     def figure(self, figure: Any, name: str = "figure.png") -> None:
-        """Save a matplotlib figure into the run folder."""
+        """Save a matplotlib figure into the run folder; PNGs in 256 colours, a third of the size."""
         if self.is_main:
             with replacing(self.folder / name) as temporary:
                 figure.savefig(temporary, format=Path(name).suffix.lstrip("."), dpi=110, bbox_inches="tight")
+                if name.endswith(".png"):
+                    from PIL import Image  # matplotlib writes its PNGs with it
+
+                    with Image.open(temporary) as image:
+                        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+                    few.save(temporary, format="PNG", optimize=True)
 
     def reported(self) -> list[dict[str, Any]]:
         """Rows of the paper's numbers that this run has something to say to."""
