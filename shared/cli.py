@@ -11,6 +11,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -416,7 +417,7 @@ def _execute(command: Command, folder: Path, train: Callable[[Any, Run], None]) 
     from shared import fingerprint, report
     from shared.run import Run, Stopped
 
-    house = command.house
+    house, argv = command.house, command.argv
     paper = read_paper(folder)
     if house.resume is not None:
         path = house.resume.resolve()
@@ -427,6 +428,9 @@ def _execute(command: Command, folder: Path, train: Callable[[Any, Run], None]) 
         stored = read_json(path / "config.json", "--resume")
         if stored.get("code") != fingerprint.of_paper(folder):
             print("warning: the code has changed since this run began; its numbers may not be exact", file=sys.stderr)
+        argv = (
+            shlex.split(str(stored.get("command", "")))[3:] or argv
+        )  # the result names the command that began the run
     run = Run(
         paper=paper,
         paper_folder=folder,
@@ -440,7 +444,7 @@ def _execute(command: Command, folder: Path, train: Callable[[Any, Run], None]) 
         precision=house.precision,
         compile=house.compile,
         stop_after=house.stop_after,
-        argv=command.argv,
+        argv=argv,
     )
     path = run.folder
     if house.resume is None and run.is_main:

@@ -76,6 +76,7 @@ def test_stop_and_resume_equals_uninterrupted(toy, tmp_path, whole, stops):
     assert run_folder(toy, ["--resume", out]).code == 0
     assert result(out)["metrics"] == whole["metrics"]
     assert result(out)["claims"] == whole["claims"]
+    assert result(out)["command"] == whole["command"]
 
 
 def losses(folder: Path) -> list:
