@@ -428,9 +428,8 @@ def _execute(command: Command, folder: Path, train: Callable[[Any, Run], None]) 
         stored = read_json(path / "config.json", "--resume")
         if stored.get("code") != fingerprint.of_paper(folder):
             print("warning: the code has changed since this run began; its numbers may not be exact", file=sys.stderr)
-        argv = (
-            shlex.split(str(stored.get("command", "")))[3:] or argv
-        )  # the result names the command that began the run
+        began = shlex.split(str(stored.get("command", "")))
+        argv = tuple(began[3:]) or argv  # the result names the command that began the run
     run = Run(
         paper=paper,
         paper_folder=folder,
