@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,28 +18,6 @@ from torch import Tensor
 from papers.doscond import data, model
 from papers.doscond.model import GCN, PGE, CondensedGraphs, CondensedNodes, DenseGraphs, GraphSet, NodeNet, Sparse
 from shared.errors import UserError
-
-FOLDER = Path(__file__).resolve().parents[2] / "papers" / "doscond"
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def train() -> Iterator[ModuleType]:
-    """``train.py`` of the folder with the ``model`` and ``data`` beside it."""
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,28 +32,6 @@ from papers.ggcn.model import (
 )
 from shared import graphs
 from shared.errors import UserError
-
-FOLDER = Path(__file__).resolve().parents[2] / "papers" / "ggcn"
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def train() -> Iterator[ModuleType]:
-    """``train.py`` of the folder with the ``model`` and ``data`` beside it."""
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")

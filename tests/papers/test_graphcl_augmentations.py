@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import math
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,28 +41,6 @@ from papers.graphcl_augmentations.model import (
     word_graphs,
 )
 from shared.errors import UserError
-
-FOLDER = Path(__file__).resolve().parents[2] / "papers" / "graphcl_augmentations"
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def train() -> Iterator[ModuleType]:
-    """``train.py`` of the folder with the ``model`` and ``data`` beside it."""
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import pickle
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,28 +18,6 @@ from torch import Tensor, nn
 from papers.mgtab import data, model
 from papers.mgtab.model import GAT, GCN, HGT, RGCN, RGT, SAGE, SHGN, BotRGCN, Pattern, RelationGraph
 from shared.errors import UserError
-
-FOLDER = Path(__file__).resolve().parents[2] / "papers" / "mgtab"
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def train() -> Iterator[ModuleType]:
-    """``train.py`` of the folder with the ``model`` and ``data`` beside it."""
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 def random_graph(nodes: int = 30, edges: int = 250, relations: int = 3) -> tuple[Tensor, Tensor, RelationGraph]:

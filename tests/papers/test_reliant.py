@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
-import sys
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,28 +19,7 @@ from papers.reliant import data, model
 from papers.reliant.model import GCN, PLP, SAGE, SGC, Critics, Graph, Pattern, Proxy, Seeds, Unfairness
 from shared.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "papers" / "reliant"
 METAS = ("recidivism", "recidivism-code", "credit", "dblp", "dblp-l")
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def train() -> Iterator[ModuleType]:
-    """``train.py`` of the folder with the ``model`` and ``data`` beside it."""
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 # A graph of twelve nodes that the official code was run on as well.
