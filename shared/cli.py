@@ -464,7 +464,7 @@ def _execute(command: Command, folder: Path, train: Callable[[Any, Run], None]) 
         )
     try:
         run.begin()
-        train(command.config, run)
+        run.train(train)
         result = run.write_result()
     except Stopped as stop:
         if run.is_main:

@@ -35,6 +35,18 @@ class ClaimText:
 
 
 @dataclass(frozen=True)
+class MayDiverge:
+    """Units of work, by a pattern of their names, that may end in a loss that is not finite: a finding, not a mishap.
+
+    Such a unit is recorded as ``metric`` = 1 and the run goes on; any other unit stops the run.
+    """
+
+    unit: str
+    metric: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Headline:
     """What the gallery shows: a reported metric beside a metric of ``results/<preset>.json``."""
 
@@ -67,6 +79,7 @@ class Paper:
     headline: Headline = Headline()
     reported: tuple[Reported, ...] = ()
     claims: tuple[ClaimText, ...] = ()
+    may_diverge: tuple[MayDiverge, ...] = ()
 
     def claim(self, name: str) -> ClaimText:
         """The claim called ``name``.
@@ -106,8 +119,10 @@ def read_paper(folder: Path) -> Paper:
         raise UserError(f"{path}: {error}") from error
     reported = tuple(_build(Reported, row, f"{path} [[reported]]") for row in table.pop("reported", []))
     claims = tuple(_build(ClaimText, row, f"{path} [[claim]]") for row in table.pop("claim", []))
+    diverging = tuple(_build(MayDiverge, row, f"{path} [[may_diverge]]") for row in table.pop("may_diverge", []))
     headline = _build(Headline, table.pop("headline", {}), f"{path} [headline]")
-    paper: Paper = _build(Paper, {**table, "reported": reported, "claims": claims, "headline": headline}, str(path))
+    made = {"reported": reported, "claims": claims, "headline": headline, "may_diverge": diverging}
+    paper: Paper = _build(Paper, {**table, **made}, str(path))
     for claim in claims:
         if claim.expected not in ("holds", "fails"):
             raise UserError(f"{path}: claim {claim.name}: expected is {claim.expected!r}, not 'holds' or 'fails'")

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
@@ -72,6 +73,14 @@ class UnitRecord:
     seconds: float
     steps: int
     log_offset: int
+
+
+class Diverged(UserError):
+    """A logged value was NaN or infinite; ``unit`` is the unit of work that it ends."""
+
+    def __init__(self, message: str, unit: Unit) -> None:
+        super().__init__(message)
+        self.unit = unit
 
 
 def unwrap(module: Any) -> Any:
@@ -171,7 +180,7 @@ class Unit:
         """Log scalars of the current step (numbers or one-element tensors; a process's share is averaged under DDP).
 
         Raises:
-            UserError: a value is NaN or infinite. Says the step, the last finite value and what to try.
+            Diverged: a value is NaN or infinite. Says the step, the last finite value and what to try.
         """
         run = self.run
         due = self._step % self._log_every == 0 or self._step == self._total - 1
@@ -187,9 +196,10 @@ class Unit:
             number = float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
             if not math.isfinite(number):
                 last = "none" if self._last_finite is None else f"{self._last_finite:.6g}"
-                raise UserError(
+                raise Diverged(
                     f"{name} is {number} at step {self._step} of {self.name} (last finite value {last}): "
-                    "try a lower learning rate, --precision 32, or check the data for extreme values"
+                    "try a lower learning rate, --precision 32, or check the data for extreme values",
+                    self,
                 )
             values[name] = number
         self._last_finite = next(iter(values.values()), self._last_finite)
@@ -362,6 +372,27 @@ class Run:
             if unit._step == 0:
                 self._work += 1  # a unit without steps counts as one unit of work
             self._stop_if_asked(None)
+
+    def train(self, train: Callable[[Any, Run], None]) -> None:
+        """Call ``train(config, run)``, again after each unit that diverged as paper.toml says that it may.
+
+        What is finished is skipped then, as when a run is resumed.
+
+        Raises:
+            Diverged: a unit that paper.toml does not name.
+        """
+        threads = torch.get_num_threads()
+        while True:
+            try:
+                return train(self.config, self)
+            except Diverged as error:
+                metrics = [row.metric for row in self.paper.may_diverge if fnmatchcase(error.unit.name, row.unit)]
+                if not metrics:
+                    raise
+                self.print(f"recorded and left: {error}")
+                error.unit.finish(dict.fromkeys(metrics, 1.0))
+            self._keys.clear()
+            torch.set_num_threads(threads)
 
     def kept(self, *key: Any) -> dict[str, torch.Tensor]:
         """The tensors that the finished unit of this key kept (on the CPU)."""

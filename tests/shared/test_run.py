@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 
 from shared import run as run_module
 from shared.cli import Preset
+from shared.errors import UserError
 from shared.paper import read_paper
 from shared.run import Run, Stopped, Summary, pick_device, unwrap
 from tests.conftest import ROOT, run_folder
@@ -158,6 +159,30 @@ def test_non_finite_loss_stops_with_advice(toy, tmp_path):
     done = run_folder(toy, ["--preset", "smoke", "--lr", "1e30", "--steps", "50", "--out", tmp_path / "a"])
     assert done.code == 2 and len(done.errors) == 1
     assert "at step" in done.errors[0] and "last finite value" in done.errors[0] and "learning rate" in done.errors[0]
+
+
+def test_divergence_that_paper_toml_names_is_recorded_and_the_run_goes_on(toy, tmp_path):
+    begun = []
+
+    def train(config: Config, run: Run) -> None:
+        for unit in run.units(["a", "b", "c"]):
+            begun.append(unit.name)
+            for step in unit.steps(3):
+                unit.log(loss=float("nan") if unit.name != "a" and step == 1 else 1.0)
+            unit.finish({"done": 1.0})
+
+    (toy / "paper.toml").open("a").write('\n[[may_diverge]]\nunit = "[bc]"\nmetric = "lost"\nwhy = "it is so"\n')
+    named = make_run(toy, tmp_path / "named")
+    named.begin()
+    named.train(train)
+    named.end()
+    assert begun == ["a", "b", "c"]  # each once: what is finished or lost is not begun again
+    assert named.metrics == {"done": Summary.of([1.0]), "lost": Summary.of([1.0, 1.0])}
+    other = make_run(toy, tmp_path / "other", paper=replace(named.paper, may_diverge=()))
+    other.begin()
+    with pytest.raises(UserError, match="loss is nan at step 1 of b"):
+        other.train(train)
+    other.end()
 
 
 def test_check_exits_with_one_when_a_verdict_is_unexpected(toy, tmp_path):
