@@ -463,5 +463,168 @@ _DRIVING = (
     ),
 )
 
-CATALOGUE: dict[str, DataSet] = {entry.name: entry for entry in (*_GRAPHS, *_SHAPES, *_CLICKS, *_DRIVING)}
+
+def _tu(name: str, graphs: int, download: str, papers: tuple[str, ...] = ("graphcl_augmentations",)) -> DataSet:
+    return DataSet(
+        name=name.lower(),
+        title=f"{name} of the TU collection, {graphs:,} graphs",
+        licence="free for research with citation (Morris et al. 2020), no licence stated for each set",
+        home="https://chrsmrrs.github.io/datasets",
+        papers=papers,
+        download=download,
+        holds=(f"{name}/{name}_A.txt", f"{name}/{name}_graph_indicator.txt", f"{name}/{name}_graph_labels.txt"),
+        files=(
+            File(
+                f"{name}.zip",
+                f"https://www.chrsmrrs.com/graphkerneldatasets/{name}.zip",
+                unpack=Unpack("zip", name, strip=name),
+            ),
+        ),
+    )
+
+
+def _molecules(name: str, graphs: int) -> DataSet:
+    folder = f"ogbg_mol{name}"
+    return DataSet(
+        name=f"ogbg-mol{name}",
+        title=f"OGB mol{name}, {graphs:,} molecules and the scaffold split",
+        licence="MIT",
+        home="https://ogb.stanford.edu/docs/graphprop",
+        papers=("doscond",),
+        download="a few MB",
+        holds=(f"{folder}/raw/edge.csv.gz", f"{folder}/split/scaffold/train.csv.gz"),
+        files=(
+            File(
+                f"{name}.zip",
+                f"https://snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{name}.zip",
+                unpack=Unpack("zip", folder, strip=name),
+            ),
+        ),
+    )
+
+
+_BOTH = ("doscond", "graphcl_augmentations")
+_GRAPH_SETS = (
+    _tu("MUTAG", 188, "less than 1 MB", _BOTH),
+    _tu("NCI1", 4110, "about 1 MB", _BOTH),
+    _tu("PROTEINS", 1113, "less than 1 MB", _BOTH),
+    _tu("DD", 1178, "about 6 MB", _BOTH),
+    _tu("PTC_MR", 344, "less than 1 MB"),
+    _tu("IMDB-BINARY", 1000, "less than 1 MB"),
+    _tu("REDDIT-BINARY", 2000, "about 7 MB"),
+    _molecules("hiv", 41127),
+    _molecules("bbbp", 2039),
+    _molecules("bace", 1513),
+)
+
+_RELIANT = "https://raw.githubusercontent.com/yushundong/RELIANT/f40292204d24e55b668f8b3948b14d4c01093125/data"
+_RELIANT_FILES = {
+    "bail/bail.csv": ("a47a42ac9b546a54c94ff39a33fa1fa7d0ccaa37", 820_405),
+    "bail/bail_edges.txt": ("d1f789c0d2de6408de1189b1125810632d030503", None),
+    "bail/split/train_split.npy": ("b9f98f6466c072ffd43a48a3fda1fdbfac7461c0", 45_424),
+    "bail/split/val_split.npy": ("5542c74d86b17625c06d09f911cf0a3486eeeb3f", 30_336),
+    "bail/split/test_split.npy": ("c65522d10900a4f5b0dbfefb1c8b6240f2f869ac", 75_632),
+    "credit/credit.csv": ("8f8c017fdc9eb4d841736e5987d4df7083128416", 1_152_844),
+    "credit/credit_edges.txt.zip": ("aaf99e278bbba85f40ad61d757d3b357cedfe7b1", None),
+    "small/X.npz": ("21deb4a11526746d77957b3c440c7c837b3548e7", None),
+    "small/edgelist.txt": ("2caacdc977ce716d994c91b69c56b3cd7fa418a4", 599_372),
+    "small/labels.txt": ("869b146c2c007fc744078f217683c953e1051e9f", 383_130),
+    "small/sens.txt": ("76e8424151c62dbf99330d2b960d4d92a2c09e1b", 383_130),
+    "small/split/train_split.npy": ("4a3034591a0523b7e34a8ab4614e95ebe148787d", 157_824),
+    "small/split/val_split.npy": ("53bf2466b50b9745125924bc71dbabb8bfe9933e", 78_968),
+    "small/split/test_split.npy": ("6f297565aa404b41a547640e42ed732c021169cf", 78_984),
+}
+
+
+def _fair(name: str, title: str, folder: str, note: str = "") -> DataSet:
+    files = tuple(
+        File(path, f"{_RELIANT}/{path}", f"git:{checksum}", size)
+        for path, (checksum, size) in _RELIANT_FILES.items()
+        if path.startswith(f"{folder}/")
+    )
+    return DataSet(
+        name=name,
+        title=title,
+        licence="the repository states none; for research",
+        home="https://github.com/yushundong/RELIANT",
+        papers=("reliant",),
+        download="tens of MB",
+        holds=tuple(file.path for file in files),
+        files=files,
+        note=note,
+    )
+
+
+_FAIR = (
+    _fair("recidivism", "Recidivism (bail), 18,876 defendants", "bail"),
+    _fair(
+        "credit",
+        "Credit defaulter, 30,000 clients, the authors' edge list",
+        "credit",
+        note="unzip credit/credit_edges.txt.zip where it lies",
+    ),
+    _fair("dblp", "DBLP co-authors, the smaller of two", "small"),
+)
+
+_ACCOUNTS = (
+    DataSet(
+        name="mgtab",
+        title="MGTAB, 10,199 labelled accounts and seven relations",
+        licence="CC BY-NC-ND 4.0",
+        home="https://github.com/GraphDetec/MGTAB",
+        papers=("mgtab",),
+        download="about 100 MB",
+        holds=("mgtab/features.pt", "mgtab/edge_index.pt", "mgtab/edge_type.pt", "mgtab/labels_bot.pt"),
+        folder="mgtab",
+        by_hand=(
+            "follow the link to the archive in the README of https://github.com/GraphDetec/MGTAB (a browser is needed)",
+            "unpack it, so that {dest}/mgtab/features.pt is there",
+        ),
+    ),
+)
+
+_DIGITS = "https://ossci-datasets.s3.amazonaws.com/mnist"
+_TEXTS_AND_IMAGES = (
+    DataSet(
+        name="mnist",
+        title="MNIST, 70,000 digits in idx files",
+        licence="CC BY-SA 3.0",
+        home="https://yann.lecun.com/exdb/mnist",
+        papers=("graphcl_augmentations",),
+        download="about 11 MB",
+        holds=tuple(f"MNIST/raw/{part}-ubyte.gz" for part in ("train-images-idx3", "t10k-labels-idx1")),
+        files=tuple(
+            File(f"MNIST/raw/{part}-ubyte.gz", f"{_DIGITS}/{part}-ubyte.gz")
+            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        ),
+    ),
+    DataSet(
+        name="subjectivity",
+        title="Subjectivity, 10,000 sentences, and word2vec's vectors",
+        licence="research use (Pang and Lee 2004)",
+        home="https://github.com/giannisnik/mpad",
+        papers=("graphcl_augmentations",),
+        download="about 1.3 MB of sentences, 1.6 GB of vectors",
+        holds=("subjectivity/subjectivity.txt",),
+        folder="subjectivity",
+        by_hand=(
+            "save datasets/subjectivity.txt of https://github.com/giannisnik/mpad in {dest}/subjectivity",
+            "for the preset subjectivity put GoogleNews-vectors-negative300.bin beside it, unpacked, from "
+            "https://code.google.com/archive/p/word2vec",
+            "put a table of synonyms beside it: wordnet_synonyms.tsv, lines of word, tab, synonyms joined by |",
+        ),
+    ),
+)
+
+_ALL = (
+    *_GRAPHS,
+    *_GRAPH_SETS,
+    *_FAIR,
+    *_ACCOUNTS,
+    *_TEXTS_AND_IMAGES,
+    *_SHAPES,
+    *_CLICKS,
+    *_DRIVING,
+)
+CATALOGUE: dict[str, DataSet] = {entry.name: entry for entry in _ALL}
 """All entries by name."""
