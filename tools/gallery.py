@@ -51,7 +51,7 @@ def results_block(folder: Path) -> str:
             f"Data: {data}."
         )
         if result["code"] != code:
-            out.append("> **Stale:** measured with an earlier version of the code in this folder.")
+            out.append(_age(result, code))
         table = report.markdown(result)
         claims = ""
         if result["claims"]:
@@ -64,6 +64,17 @@ def results_block(folder: Path) -> str:
     if bench.exists():
         out += ["### Speed", bench_table(read_json(bench, "bench"), code)]
     return "\n\n".join(out)
+
+
+def _age(result: dict[str, Any], code: str) -> str:
+    """What to say of a result that another version of the code gave."""
+    confirmed = result.get("confirmed", {})
+    if confirmed.get("code") == code:
+        return (
+            f"Measured with an earlier version of the code; this one gives the same {confirmed['numbers']} numbers, "
+            f"to the last digit, for the part of it that `{confirmed['words']}` runs."
+        )
+    return "> **Stale:** measured with an earlier version of the code in this folder."
 
 
 def bench_table(content: dict[str, Any], code: str) -> str:

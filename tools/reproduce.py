@@ -4,8 +4,12 @@ uv run tools/reproduce.py ggcn                                  # the default pr
 uv run tools/reproduce.py ggcn --preset texas wisconsin --data DIR
 uv run tools/reproduce.py --all
 
+uv run tools/reproduce.py ggcn --preset texas --data DIR --confirm="--splits 1"
+
 An interrupted measurement is gone on with; a finished one of the same code is taken as it is, unless --fresh.
 --jobs 2 runs two presets side by side with one thread each; default presets are always measured alone.
+--confirm is for long measurements of code that has changed since in ways that should not matter to them: it runs the
+preset with the flags given, which shorten it, and asks that each number equals the recorded one to the last digit.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,6 +80,44 @@ def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: boo
     return result
 
 
+def confirm(folder: Path, preset: str, extra: list[str], words: list[str]) -> int:
+    """Repeat a part of a recorded run with the code as it is, and note in its result that the numbers are the same.
+
+    The part's values of each metric must be the first of the recorded ones. The recorded fingerprint stays.
+
+    Args:
+        words: flags that shorten the preset, e.g. one split of ten.
+
+    Returns:
+        how many values were equal.
+
+    Raises:
+        UserError: nothing recorded, the run failed, or a number differs.
+    """
+    path = folder / "results" / f"{preset}.json"
+    recorded = read_json(path, f"{folder.name} --preset {preset}")
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "run"
+        command = [sys.executable, "train.py", "--preset", preset, *extra, *words, "--out", str(out)]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(
+                f"{folder.name} --preset {preset} {shlex.join(words)} ended with exit code {done.returncode}"
+            )
+        part = read_json(out / "result.json", f"{folder.name} {preset}")
+    count = 0
+    for name, metric in part["metrics"].items():
+        values = recorded["metrics"].get(name, {"values": []})["values"][: len(metric["values"])]
+        if values != metric["values"]:
+            raise UserError(f"{folder.name} --preset {preset}: {name} is {metric['values']}, recorded are {values}")
+        count += len(values)
+    if not count:
+        raise UserError(f"{folder.name} --preset {preset} {shlex.join(words)} measures nothing")
+    recorded["confirmed"] = {"code": part["code"], "words": shlex.join(words), "numbers": count}
+    write_json(path, recorded)
+    return count
+
+
 def _same_code(run: Path, code: str) -> bool:
     try:
         return bool(json.loads((run / "config.json").read_text(encoding="utf-8")).get("code") == code)
@@ -91,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="number of seeds instead of the preset's")
     parser.add_argument("--jobs", type=int, default=1, help="presets measured side by side, with one thread each")
     parser.add_argument("--fresh", action="store_true", help="measure again although there is a finished run")
+    parser.add_argument("--confirm", metavar="FLAGS", help="repeat a part of what is recorded, with these flags")
 
     def body(options: argparse.Namespace) -> int:
         if bool(options.slugs) == options.all:
@@ -110,6 +155,10 @@ def main(argv: list[str] | None = None) -> int:
             def one(item: tuple[Path, str], jobs: int) -> None:
                 folder, preset = item
                 try:
+                    if options.confirm is not None:
+                        count = confirm(folder, preset, extra, shlex.split(options.confirm))
+                        print(f"{folder.name} {preset}: {count} numbers are the same", flush=True)
+                        return
                     result = measure(folder, preset, extra, load, options.fresh, jobs)
                 except UserError as error:
                     print(f"failed: {error}", file=sys.stderr)

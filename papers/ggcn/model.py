@@ -398,6 +398,7 @@ class GGCNLayer(nn.Module):
         use_sign: signed (feature-based) messages; otherwise ``out = (A_hat * T) H`` with the diagonal.
         use_decay: with it alpha starts at 2 and lambda0 at 0.5; without, at ``scale_init`` and ``deg_intercept_init``.
         use_sparse: edge form, O(E h); otherwise N x N matrices.
+        absolute: |cos| in place of cos: all of the signed form but the sign (an ablation, not in the paper).
     """
 
     def __init__(
@@ -410,10 +411,12 @@ class GGCNLayer(nn.Module):
         scale_init: float = 0.5,
         deg_intercept_init: float = 0.5,
         use_sparse: bool = True,
+        absolute: bool = False,
     ) -> None:
         super().__init__()
         self.fcn = nn.Linear(in_features, out_features)
         self.use_degree, self.use_sign, self.use_sparse = use_degree, use_sign, use_sparse
+        self.absolute = absolute
         if use_degree:
             self.deg_coeff = nn.Parameter(torch.tensor([0.5 if use_decay else deg_intercept_init, 0.0]))
         if use_sign:
@@ -433,6 +436,9 @@ class GGCNLayer(nn.Module):
         """softplus(alpha) times (b0, b1, b2): of positive messages, of negative ones, of the node itself."""
         return (F.softplus(self.scale) * self.coeff.softmax(0)).unbind()
 
+    def _similarity(self, cosine: Tensor) -> Tensor:
+        return cosine.abs() if self.absolute else cosine
+
     def propagate(self, h: Tensor, graph: Adjacency) -> Tensor:
         """The layer after its linear map: H (N, out) -> (N, out)."""
         if not self.use_sparse:
@@ -443,7 +449,7 @@ class GGCNLayer(nn.Module):
                 weight = weight * self.degree_correction(graph.relative)
             return edge_sum(graph.hat.pattern, weight, h)
         hat, relative = graph.off_diagonal
-        message = edge_cosine(hat.pattern, h) * hat.values  # S * A_hat, once an edge
+        message = self._similarity(edge_cosine(hat.pattern, h)) * hat.values  # S * A_hat, once an edge
         if self.use_degree:
             message = message * self.degree_correction(relative)
         positive, negative, own = self.message_weights()
@@ -459,7 +465,7 @@ class GGCNLayer(nn.Module):
         if not self.use_sign:
             return matrix @ h
         unit = F.normalize(h, eps=EPS)
-        message = (unit @ unit.t()).fill_diagonal_(0.0) * matrix
+        message = self._similarity((unit @ unit.t()).fill_diagonal_(0.0)) * matrix
         positive, negative, own = self.message_weights()
         return (message * torch.where(message > 0, positive, negative)) @ h + own * h
 
@@ -479,7 +485,7 @@ class GGCN(nn.Module):
         features, layers, hidden, classes: F, L >= 2, h, C.
         dropout: on the input and before each later layer.
         decay_rate, exponent: eta > 0 and k >= 0 of ``decay``.
-        use_degree, use_sign, use_sparse, scale_init, deg_intercept_init: see ``GGCNLayer``.
+        use_degree, use_sign, use_sparse, scale_init, deg_intercept_init, absolute: see ``GGCNLayer``.
         use_decay: decaying aggregation; otherwise every layer adds with weight 1.
         use_bn, use_ln: batch or layer normalisation before the activation, only without decay.
 
@@ -504,6 +510,7 @@ class GGCN(nn.Module):
         deg_intercept_init: float = 0.5,
         use_bn: bool = False,
         use_ln: bool = False,
+        absolute: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(features, layers, hidden, classes, dropout)
@@ -515,7 +522,7 @@ class GGCN(nn.Module):
             raise ValueError("use_bn and use_ln are both set, expected at most one")
         widths = [features, *[hidden] * (layers - 1), classes]
         self.convs = nn.ModuleList(
-            GGCNLayer(i, o, use_degree, use_sign, use_decay, scale_init, deg_intercept_init, use_sparse)
+            GGCNLayer(i, o, use_degree, use_sign, use_decay, scale_init, deg_intercept_init, use_sparse, absolute)
             for i, o in pairwise(widths)
         )
         self.fcn = nn.Linear(features, hidden)

@@ -16,8 +16,16 @@ from shared.cli import Preset
 from shared.errors import UserError, user_errors
 
 NETWORKS = ("ggcn", "mlp", "gcn", "gat", "gcnii", "pairnorm", "gprgnn")
-PARTS = {"none": (False, False), "degree": (True, False), "sign": (False, True), "both": (True, True)}
-"""Ablation: name -> (degree correction, signed messages)."""
+PARTS = {
+    "none": {"use_degree": False, "use_sign": False},
+    "degree": {"use_degree": True, "use_sign": False},
+    "sign": {"use_degree": False, "use_sign": True},
+    "both": {"use_degree": True, "use_sign": True},
+    "absolute": {"use_degree": False, "use_sign": True, "absolute": True},
+}
+"""Ablation: which parts GGCN has. ``absolute`` is ``sign`` with messages that have lost their sign."""
+TWO = "two_classes"
+"""Generated graph of the paper's theory: two classes, weak features, the lowest homophily."""
 DEPTHS = (2, 4, 8, 16, 32, 64)
 
 
@@ -293,6 +301,9 @@ def jobs(config: Config) -> Iterator[Job]:
                 for depth in config.depths:
                     made = setting(replace(config, layers=None), "generated", network, depth)
                     yield Job(f"h={level}", f"{network}/layers={depth}", network, made)
+        yield Job(TWO, "mlp", "mlp", setting(config, "generated", "mlp"))
+        for part in ("sign", "absolute"):
+            yield _part(config, TWO, "generated", part)
         return
     for graph in config.graphs:
         if config.study == "table":
@@ -324,7 +335,6 @@ def _candidates(config: Config, graph: str, network: str, depth: int | None = No
 
 def _part(config: Config, name: str, graph: str, part: str) -> Job:
     """A GGCN with some of its parts: settings of Table B1, or those of Table 1 where B1 has none."""
-    degree, sign = PARTS[part]
     key = graph.removesuffix("_fixed")
     if key in _ABLATION:
         hidden, decay, dropout, slope, scale = _ABLATION[key]
@@ -332,7 +342,7 @@ def _part(config: Config, name: str, graph: str, part: str) -> Job:
         made = with_flags(config, Setting(2, hidden, decay, dropout, options=options))
     else:
         made = setting(config, graph, "ggcn")
-    made = replace(made, options={**made.options, "use_degree": degree, "use_sign": sign})
+    made = replace(made, options=made.options | PARTS[part])
     return Job(name, f"ggcn_{part}", "ggcn", made)
 
 
@@ -560,9 +570,10 @@ def kept(run: Run, seed: int, job: Job, splits: int) -> list[dict[str, Any]]:
 def problem_of(config: Config, run: Run, seed: int, graph: str) -> Problem:
     """Read or generate the graph of a job, and record it."""
     if config.study == "homophily":
-        level = float(graph.removeprefix("h="))
+        level = config.homophily[0] if graph == TWO else float(graph.removeprefix("h="))
+        sizes: dict[str, Any] = {"classes": 2, "signal": 0.2, "degree": 20.0} if graph == TWO else {}
         with user_errors():
-            data = generate(level, run.generator("data", seed, level), nodes=config.nodes, name=graph)
+            data = generate(level, run.generator("data", seed, level), nodes=config.nodes, name=graph, **sizes)
         run.data_used(graph, kind="generated", spec=data.origin)
     else:
         data = load(run.data, graph, config.splits)
@@ -620,6 +631,12 @@ def decide(config: Config, run: Run) -> None:
     name = "signed_messages_help_under_heterophily"
     sign, none = accuracy(low, "ggcn_sign"), accuracy(low, "ggcn_none")
     run.claim(name, sign - none >= run.threshold(name, "margin"), signed=sign, unsigned=none)
+
+    name = "the_sign_itself_helps"
+    signed, absolute = (means[f"{TWO}/ggcn_{part}/test_accuracy"] for part in ("sign", "absolute"))
+    mlp = means[f"{TWO}/mlp/test_accuracy"]
+    ahead = signed - absolute >= run.threshold(name, "margin") and signed > mlp
+    run.claim(name, ahead, signed=signed, absolute=absolute, mlp=mlp)
 
     name = "degree_correction_adds_to_signs"
     both = sum(accuracy(h, "ggcn") for h in config.homophily) / len(config.homophily)

@@ -133,6 +133,16 @@ def test_without_its_parts_a_layer_is_a_graph_convolution(small: Any, sparse: bo
     assert torch.allclose(layer(x, graph), graph.hat.dense() @ layer.fcn(x), atol=1e-6)
 
 
+def test_absolute_is_signed_where_no_cosine_is_negative(small: Any) -> None:
+    _, graph, _ = small
+    signed = shake(GGCNLayer(4, 4))
+    absolute = GGCNLayer(4, 4, absolute=True)
+    absolute.load_state_dict(signed.state_dict())
+    h = torch.randn(120, 4)
+    assert torch.equal(signed.propagate(h.abs(), graph), absolute.propagate(h.abs(), graph))
+    assert not torch.allclose(signed.propagate(h, graph), absolute.propagate(h, graph))
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 def test_scaling_and_permutation(small: Any, sparse: bool) -> None:
     _, graph, made = small
@@ -152,7 +162,7 @@ SWITCHES = [
     for degree in (True, False)
     for sign in (True, False)
     for decay in (True, False)
-]
+] + [{"use_degree": True, "use_sign": True, "use_decay": False, "absolute": True}]
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "".join("-+"[v] for v in s.values()))
@@ -750,3 +760,19 @@ def test_a_broken_method_fails_the_claims(train: ModuleType, tmp_path: Path, mon
     broken = verdicts("broken")
     assert not broken["beats_gcn_under_heterophily"]
     assert not broken["signed_messages_help_under_heterophily"]
+
+
+def test_losing_the_sign_fails_the_claim_on_it(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--homophily", "0.1", "0.8", "--epochs", "250", "--depths", "3", "--seed", "0"]
+
+    def sign_helps(name: str) -> bool:
+        assert train.main([*words, "--out", str(tmp_path / name)]) == 0
+        claims = json.loads((tmp_path / name / "result.json").read_text())["claims"]
+        return next(claim["holds"] for claim in claims if claim["name"] == "the_sign_itself_helps")
+
+    assert sign_helps("good")
+    layer = sys.modules["model"].GGCNLayer
+    monkeypatch.setattr(layer, "_similarity", lambda self, cosine: cosine.abs())
+    assert not sign_helps("broken")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from shared import fingerprint
 from tests.conftest import ROOT
 from tools import bench, common, gallery, new_paper, reproduce
 
@@ -62,6 +63,35 @@ def test_reproduce_goes_on_with_an_interrupted_run(house):
     assert list((run / "checkpoint" / "units").glob("*.json"))
     assert reproduce.main(["toy", "--preset", "smoke"]) == 0
     assert (folder / "results" / "smoke.json").exists()
+
+
+def test_confirm_repeats_a_part_of_what_is_recorded(house, capsys):
+    folder = house / "papers" / "toy"
+    path = folder / "results" / "smoke.json"
+    assert reproduce.main(["toy", "--preset", "smoke", "--seeds", "2"]) == 0
+    recorded = json.loads(path.read_text())
+    model = (folder / "model.py").read_text()
+    (folder / "model.py").write_text(model + "\nCHANGED = 1\n")
+    words = ["toy", "--preset", "smoke", "--confirm", "--seeds 1"]
+    assert reproduce.main(words) == 0
+    confirmed = json.loads(path.read_text())
+    assert confirmed.pop("confirmed") == {
+        "code": fingerprint.of_paper(folder),
+        "words": "--seeds 1",
+        "numbers": len(recorded["metrics"]),
+    }
+    assert confirmed == recorded  # with the fingerprint of the code that was measured
+    assert gallery.main([], root=house) == 0
+    page = (folder / "README.md").read_text()
+    assert "`--seeds 1`" in page and "Stale" not in page
+
+    # other numbers are told, and nothing is written
+    (folder / "model.py").write_text(model.replace("nn.ReLU()", "nn.Threshold(9.0, 0.0)"))
+    assert (folder / "model.py").read_text() != model
+    before = path.read_bytes()
+    assert reproduce.main(words) == 1
+    assert "recorded are" in capsys.readouterr().err and path.read_bytes() == before
+    assert gallery.main([], root=house) == 0 and "**Stale:**" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
