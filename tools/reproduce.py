@@ -63,11 +63,7 @@ def measure(folder: Path, preset: str, extra: list[str], load: float, fresh: boo
             shutil.rmtree(run)
         words = ["--resume", str(run)] if resume else ["--preset", preset, *extra, "--out", str(run)]
         print(f"{folder.name} {preset}: {'going on' if resume else 'running'} (load {load:.2f})", flush=True)
-        env = dict(os.environ) if jobs == 1 else os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", *words]
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=env)
-        if done.returncode:
-            raise UserError(f"{folder.name} --preset {preset} ended with exit code {done.returncode}")
+        _train(folder, words, jobs, f"{folder.name} --preset {preset}")
     result: dict[str, Any] = read_json(run / "result.json", f"{folder.name} {preset}")
     result["machine"] = {"cpu": cpu(), "cores": os.cpu_count(), "load_at_start": round(load, 2), "side_by_side": jobs}
     results = folder / "results"
@@ -96,26 +92,31 @@ def confirm(folder: Path, preset: str, extra: list[str], words: list[str]) -> in
     """
     path = folder / "results" / f"{preset}.json"
     recorded = read_json(path, f"{folder.name} --preset {preset}")
+    what = f"{folder.name} --preset {preset} {shlex.join(words)}"
+    jobs = recorded.get("machine", {}).get("side_by_side", 1)  # sums depend on the number of threads
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "run"
-        command = [sys.executable, "train.py", "--preset", preset, *extra, *words, "--out", str(out)]
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(
-                f"{folder.name} --preset {preset} {shlex.join(words)} ended with exit code {done.returncode}"
-            )
+        _train(folder, ["--preset", preset, *extra, *words, "--out", str(out)], jobs, what)
         part = read_json(out / "result.json", f"{folder.name} {preset}")
     count = 0
     for name, metric in part["metrics"].items():
         values = recorded["metrics"].get(name, {"values": []})["values"][: len(metric["values"])]
         if values != metric["values"]:
-            raise UserError(f"{folder.name} --preset {preset}: {name} is {metric['values']}, recorded are {values}")
+            raise UserError(f"{what}: {name} is {metric['values']}, recorded are {values}")
         count += len(values)
     if not count:
-        raise UserError(f"{folder.name} --preset {preset} {shlex.join(words)} measures nothing")
+        raise UserError(f"{what} measures nothing")
     recorded["confirmed"] = {"code": part["code"], "words": shlex.join(words), "numbers": count}
     write_json(path, recorded)
     return count
+
+
+def _train(folder: Path, words: list[str], jobs: int, what: str) -> None:
+    """Run a paper's ``train.py``, with one thread where several run side by side."""
+    env = dict(os.environ) if jobs == 1 else os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=folder, stdout=subprocess.PIPE, text=True, env=env)
+    if done.returncode:
+        raise UserError(f"{what} ended with exit code {done.returncode}")
 
 
 def _same_code(run: Path, code: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,17 @@ def train(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+
+
+@pytest.fixture
+def refuses(request: pytest.FixtureRequest, run_paper: Any, tmp_path: Path) -> Callable[[Sequence[str], str], None]:
+    """``refuses(argv, message)``: the command of the paper ends with exit code 2 and one line that says ``message``."""
+    slug = request.path.stem.removeprefix("test_")
+
+    def check(argv: Sequence[str], message: str) -> None:
+        words = list(argv) if "--check-data" in argv else [*argv, "--out", str(tmp_path / "run")]
+        result = run_paper(slug, words)
+        assert (result.code, len(result.errors)) == (2, 1), result.err
+        assert message in result.errors[0]
+
+    return check

@@ -125,35 +125,17 @@ def test_variants_at_the_papers_size(variant, encoder, decoder, points) -> None:
         assert net.decoder(torch.zeros(2, 512)).points.shape == (2, points, 3)
 
 
-def test_every_preset_builds_at_full_size(train_module) -> None:
-    for name, preset in train_module.PRESETS.items():
+def test_every_preset_builds_at_full_size(train) -> None:
+    for name, preset in train.PRESETS.items():
         c = preset.config
         for arm in c.arms:
             with torch.device("meta"):
-                net = train_module.make(c, arm)
-                train_module.make_optimizer(net, c)
+                net = train.make(c, arm)
+                train.make_optimizer(net, c)
             if c.code == 512:
                 assert model.parameters(net.encoder) == (936_448 if "cov" in arm else 937_024), name
         assert set(c.arms) <= set(model.VARIANTS)
-    assert tuple(train_module.ARMS) == model.VARIANTS
-
-
-@pytest.fixture(scope="module")
-def train_module():
-    """train.py as a module (its own model and data beside it)."""
-    folder = Path(data.__file__).parent
-    names = ("train", "model", "data")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(folder))
-    try:
-        import train
-
-        yield train
-    finally:
-        sys.path.remove(str(folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+    assert tuple(train.ARMS) == model.VARIANTS
 
 
 def test_initialisation_is_caffes_xavier() -> None:
@@ -613,18 +595,18 @@ def test_damaged_data(tmp_path) -> None:
 # ---- the command
 
 
-def test_helpers_of_training(train_module) -> None:
+def test_helpers_of_training(train) -> None:
     labels = torch.tensor([0] * 10 + [1] * 4 + [2] * 2)
-    chosen = train_module.stratified(labels, 8, gen())
+    chosen = train.stratified(labels, 8, gen())
     assert labels[chosen].bincount().tolist() == [3, 3, 2] and len(chosen.unique()) == 8
-    few = train_module.labelled_share(labels, 0.01, gen())
+    few = train.labelled_share(labels, 0.01, gen())
     assert sorted(labels[few].tolist()) == [0, 1, 2]
-    half = train_module.labelled_share(labels, 0.5, gen())
+    half = train.labelled_share(labels, 0.5, gen())
     assert len(half.unique()) == 8 and len(labels[half].unique()) == 3
-    assert len(train_module.labelled_share(labels, 1.0, gen()).unique()) == 16
-    pairs = train_module.different_pairs(labels, 5, gen())
+    assert len(train.labelled_share(labels, 1.0, gen()).unique()) == 16
+    pairs = train.different_pairs(labels, 5, gen())
     assert pairs.shape == (5, 2) and (labels[pairs[:, 0]] != labels[pairs[:, 1]]).all()
-    assert round(train_module.paper_decoder_ratio(), 4) == 0.0694
+    assert round(train.paper_decoder_ratio(), 4) == 0.0694
 
 
 def metrics(folder: Path) -> dict:

@@ -996,12 +996,8 @@ def test_a_bank_of_one_class_is_warned_about() -> None:
         (["--preset", "subjectivity", "--check-data"], "needs --data"),
     ],
 )
-def test_the_command_refuses(run_paper: Any, tmp_path: Path, argv: list[str], message: str) -> None:
-    words = argv if "--check-data" in argv else [*argv, "--out", str(tmp_path / "run")]
-    result = run_paper("graphcl_augmentations", words)
-    assert result.code == 2
-    assert len(result.errors) == 1, result.err
-    assert message in result.errors[0]
+def test_the_command_refuses(refuses: Any, argv: list[str], message: str) -> None:
+    refuses(argv, message)
 
 
 @pytest.mark.parametrize(

@@ -913,11 +913,8 @@ def test_the_model_refuses(make: Any, message: str) -> None:
         (["--seeds", "0"], "--seeds is 0"),
     ],
 )
-def test_the_command_refuses(run_paper: Any, tmp_path: Path, argv: list[str], message: str) -> None:
-    result = run_paper("mgtab", [*argv, "--out", str(tmp_path / "run")])
-    assert result.code == 2
-    assert len(result.errors) == 1
-    assert message in result.errors[0]
+def test_the_command_refuses(refuses: Any, argv: list[str], message: str) -> None:
+    refuses(argv, message)
 
 
 def test_data_errors_are_one_line(run_paper: Any, files: Path, tmp_path: Path) -> None:

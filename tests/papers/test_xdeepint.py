@@ -204,22 +204,6 @@ def test_parameter_counts_of_the_paper():
             assert made.embedding.field(0).numel() == 64 * 16
 
 
-@pytest.fixture(scope="module")
-def train():
-    """``train.py`` as a module."""
-    folder = Path(data.__file__).parent
-    before = {name: sys.modules.pop(name, None) for name in ("model", "data", "train")}
-    sys.path.insert(0, str(folder))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(folder))
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
 def test_every_preset_can_be_built(train):
     fields = {
         "pairs": 8,
