@@ -17,7 +17,6 @@ from shared.errors import UserError, user_errors
 BASELINES = ("random", "herding", "k_center", "dcg")
 GRAPH_ARMS = (*BASELINES, "doscond", "whole", "features_only", "continuous", "multi_step")
 NODE_ARMS = (*BASELINES, "doscond", "whole")
-PAPER_ARMS = (*BASELINES, "doscond", "whole")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Config:
 
     sets: tuple[str, ...] = ("molecules",)
     """Data sets; molecules (graphs) and citations (nodes) are generated."""
-    arms: tuple[str, ...] = PAPER_ARMS
+    arms: tuple[str, ...] = NODE_ARMS
     """Small sets to train on: coresets, condensed sets, the whole set, ablations (graph sets only)."""
     ipc: tuple[int, ...] = (1,)
     """Graphs per class; 0: by --rate."""
@@ -819,7 +818,7 @@ def train(config: Config, run: Run) -> None:
             else:
                 run_nodes(run, seed, name)
     torch.set_num_threads(threads)
-    complete = {GENERATED_GRAPHS, GENERATED_NODES} <= set(config.sets) and set(PAPER_ARMS) <= set(config.arms)
+    complete = {GENERATED_GRAPHS, GENERATED_NODES} <= set(config.sets) and set(NODE_ARMS) <= set(config.arms)
     if run.preset.claims and complete:
         decide(config, run)
     run.figure(picture(config, run))

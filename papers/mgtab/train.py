@@ -207,7 +207,7 @@ PRESETS = {
             networks=NETWORKS,
             all_relations=tuple(name for name in NETWORKS if name != "rgt"),  # it takes as long as the others together
             each_relation=("rgcn",),
-            epochs=80,
+            epochs=60,
             hidden=64,
             heads=2,
             semantic_heads=2,

@@ -278,10 +278,19 @@ class Graph:
         # DGL's "gcn" aggregator averages the neighbours and the node itself; the graph's loop makes it count twice.
         self.mean = (1.0 + (row == col).float()) / (degree[row] + 1.0)
         self.mean_swapped = self.mean[self.pattern.perm]
+        self._kept: tuple[Tensor, int, Tensor] | None = None
 
     def propagate(self, h: Tensor) -> Tensor:
         """D^-1/2 (A + I) D^-1/2 h: (N, k) -> (N, k)."""
         return edge_sum(self.pattern, h, self.hat, self.hat)
+
+    def propagate_features(self, x: Tensor) -> Tensor:
+        """``propagate`` of node features: kept for as long as the same tensor is handed over, epoch after epoch."""
+        if x.requires_grad:
+            return self.propagate(x)
+        if self._kept is None or self._kept[0] is not x or self._kept[1] != x._version:
+            self._kept = x, x._version, self.propagate(x)
+        return self._kept[2]
 
     def average(self, h: Tensor) -> Tensor:
         """((A + I) h + h) / (degree + 1), degrees with the loop: (N, k) -> (N, k)."""
@@ -298,8 +307,7 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], p: float, device: torch.de
         return F.dropout(torch.ones(shape, device=device), p)
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    mask = torch.ge(bits, round(p * 2**16) - 2**15, out=torch.empty(count))
-    return mask.mul_(1.0 / (1.0 - p)).view(shape)
+    return bits.float().ge_(round(p * 2**16) - 2**15).mul_(1.0 / (1.0 - p)).view(shape)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -377,10 +385,10 @@ class GCN(nn.Module):
 
     def forward(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
         """x (N, d) -> logits (N, C), embedding (N, h): the first layer after its ReLU."""
-        first = convolve(self.layers[0], x, graph.propagate)
-        h = convolve(self.layers[1], rectify(first, self.dropout, self.training), graph.propagate)
+        embedding = convolve(self.layers[0], x, graph.propagate_features).relu()
+        h = convolve(self.layers[1], dropout(embedding, self.dropout, self.training), graph.propagate)
         h = convolve(self.layers[2], rectify(h, self.dropout, self.training), graph.propagate)
-        return h, first.relu()
+        return h, embedding
 
 
 class SAGE(nn.Module):
@@ -566,7 +574,7 @@ class SGC(nn.Module):
 
     def forward(self, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
         """x (N, d) -> logits (N, C), embedding (N, h): the second layer after its ReLU."""
-        h = rectify(convolve(self.layers[0], x, graph.propagate), self.dropout, self.training)
+        h = rectify(convolve(self.layers[0], x, graph.propagate_features), self.dropout, self.training)
         for _ in range(self.hops - 1):
             h = graph.propagate(h)
         embedding = convolve(self.layers[1], h, graph.propagate).relu()

@@ -70,6 +70,31 @@ def test_softmax_counts_an_entry_as_often_as_it_stands(pattern: Pattern) -> None
     assert alpha.isfinite().all()
 
 
+def test_attention_is_softmax_then_sum(pattern: Pattern) -> None:
+    score, count = torch.tensor([0.3, -1.0, 90.0, 2.0, 2.0, -80.0]), torch.tensor([1.0, 2, 1, 3, 1, 5])
+    h = torch.randn(3, 4)
+    expected = model.edge_sum(pattern, model.edge_softmax(pattern, score, count), h)
+    out = model.edge_attend(pattern, score, count, h)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.equal(out[1], torch.zeros(4))  # a row without entries
+
+
+def test_attention_with_dropout_keeps_its_mean() -> None:
+    nodes = 200
+    grid = torch.arange(nodes * nodes)
+    full = Pattern(grid // nodes, grid % nodes, (nodes, nodes))
+    torch.manual_seed(0)
+    out = model.edge_attend(full, torch.zeros(len(full)), torch.ones(len(full)), torch.ones(nodes, 1), 0.5)
+    assert out.mean().item() == pytest.approx(1.0, abs=0.02)  # the total is taken before, not after the dropout
+    assert out.std().item() == pytest.approx(1 / math.sqrt(nodes), rel=0.2)
+
+
+def test_stacked_pattern_is_block_diagonal(pattern: Pattern) -> None:
+    values = torch.arange(1.0, 7.0)
+    twice = dense(pattern.stacked(2), torch.cat([values, -values]))
+    assert torch.equal(twice, torch.block_diag(dense(pattern, values), -dense(pattern, values)))
+
+
 def test_gradients_of_the_products(pattern: Pattern) -> None:
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -79,6 +104,14 @@ def test_gradients_of_the_products(pattern: Pattern) -> None:
     assert check(lambda v, h: model.edge_sum(pattern, v, h), (make(6), make(3, 2)))
     assert check(lambda a, b: model.edge_dot(pattern, a, b), (make(4, 2), make(3, 2)))
     assert check(lambda s: model.edge_softmax(pattern, s, count), (make(6),))
+    assert check(lambda s, h: model.edge_attend(pattern, s, count, h), (make(6), make(3, 2)))
+    assert check(lambda a, b: model.edge_add(pattern, a, b), (make(4, 2), make(3, 2)))
+
+    def dropped(s: Tensor, h: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return model.edge_attend(pattern, s, count, h, 0.4)
+
+    assert check(dropped, (make(6), make(3, 2)))
 
 
 def test_no_edges() -> None:

@@ -167,6 +167,17 @@ def test_operators_of_the_graph() -> None:
         assert torch.allclose(gradient, matrix.t() @ weight, atol=1e-6)
 
 
+def test_kept_features_follow_their_tensor() -> None:
+    graph, x = small()[0], torch.randn(NODES, 5)
+    first = graph.propagate_features(x)
+    assert torch.equal(first, graph.propagate(x))
+    assert graph.propagate_features(x) is first  # made once for a tensor that stays
+    x.mul_(2)
+    assert torch.equal(graph.propagate_features(x), graph.propagate(x))
+    other = torch.randn(NODES, 5, requires_grad=True)
+    assert graph.propagate_features(other).requires_grad
+
+
 @pytest.mark.parametrize("features", [5, 11])
 def test_teachers_are_dense_algebra(features: int) -> None:
     graph = small()[0]
