@@ -70,6 +70,8 @@ class Config:
     """Relations: 0 followers, 1 friends, 2 mention, 3 reply, 4 quoted, 5 url, 6 hashtag."""
     all_relations: tuple[str, ...] = ()
     """Networks to train with all seven relations as well."""
+    merged_relations: tuple[str, ...] = ()
+    """Networks to train with all seven relations taken for one as well: without the edges' types."""
     each_relation: tuple[str, ...] = ()
     """Networks to train with each relation alone as well."""
     defects: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ class Config:
             ("classifiers", CLASSIFIERS, False),
             ("networks", NETWORKS, False),
             ("all_relations", NETWORKS, False),
+            ("merged_relations", NETWORKS, False),
             ("each_relation", NETWORKS, False),
             ("defects", tuple(DEFECTS), False),
         )
@@ -114,7 +117,8 @@ class Config:
             if set(chosen) - set(known) or len(set(chosen)) != len(chosen) or (needed and not chosen):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {' '.join(chosen)}: expected different ones among {', '.join(known)}")
-        if not (self.classifiers or self.networks or self.all_relations or self.each_relation):
+        beyond = {*self.all_relations, *self.merged_relations, *self.each_relation}
+        if not (self.classifiers or self.networks or beyond):
             raise ValueError("nothing to train: name --classifiers, --networks, --all-relations or --each-relation")
         relations = self.relations
         if not relations or set(relations) - set(ALL) or len(set(relations)) != len(relations):
@@ -136,10 +140,9 @@ class Config:
         if self.nodes < 100:
             raise ValueError(f"--nodes is {self.nodes}, expected at least 100")
         if self.dataset == "cresci-15":
-            trained = {*self.networks, *self.all_relations, *self.each_relation}
-            if "stance" in self.tasks or "botrgcn" in trained:
+            if "stance" in self.tasks or "botrgcn" in {*self.networks, *beyond}:
                 raise ValueError("cresci-15 has no stance labels and other columns than BotRGCN needs: --tasks bot")
-            if self.all_relations or self.each_relation or set(relations) - {0, 1}:
+            if beyond or set(relations) - {0, 1}:
                 raise ValueError("cresci-15 has relations 0 and 1 only: choose with --relations")
 
 
@@ -174,6 +177,8 @@ class Job:
     method: str
     relations: tuple[int, ...] | None = None
     """``None``: a feature-only classifier."""
+    merged: bool = False
+    """All edges are of the first type."""
 
 
 def jobs(config: Config) -> Iterator[Job]:
@@ -185,6 +190,8 @@ def jobs(config: Config) -> Iterator[Job]:
             yield Job(task, name, name, config.relations)
         for name in config.all_relations:
             yield Job(task, f"{name}/relations=all", name, ALL)
+        for name in config.merged_relations:
+            yield Job(task, f"{name}/relations=merged", name, ALL, merged=True)
         for name in config.each_relation:
             for relation in ALL:
                 yield Job(task, f"{name}/relations={RELATIONS[relation]}", name, (relation,))
@@ -206,6 +213,7 @@ PRESETS = {
             classifiers=("forest", "tree", "svm", "logistic", "bayes", "knn"),
             networks=NETWORKS,
             all_relations=tuple(name for name in NETWORKS if name != "rgt"),  # it takes as long as the others together
+            merged_relations=("rgcn",),
             each_relation=("rgcn",),
             epochs=60,
             hidden=64,
@@ -310,24 +318,28 @@ class Problem:
     def __init__(self, accounts: Accounts, device: torch.device) -> None:
         self.accounts, self.device = accounts, device
         self.x = accounts.features.to(device)
-        self._graphs: dict[tuple[int, ...], RelationGraph] = {}
+        self._made: tuple[object, RelationGraph] | None = None
 
-    def graph(self, relations: tuple[int, ...]) -> RelationGraph:
-        """The graph of some relations."""
-        if relations not in self._graphs:
-            self._graphs.clear()  # jobs of one selection follow one another; the forms of a large graph take memory
-            made = RelationGraph(*self.accounts.select(relations), len(self.x), len(relations))
-            self._graphs[relations] = made.to(self.device)
-        return self._graphs[relations]
+    def graph(self, relations: tuple[int, ...], merged: bool = False) -> RelationGraph:
+        """The graph of some relations, ``merged`` into one or not."""
+        key = relations, merged
+        if self._made is None or self._made[0] != key:
+            self._made = None  # jobs of one selection follow one another; the forms of a large graph take memory
+            edges, types = self.accounts.select(relations)
+            types = torch.zeros_like(types) if merged else types
+            self._made = key, RelationGraph(edges, types, len(self.x), len(relations)).to(self.device)
+        return self._made[1]
 
 
 def fit_network(unit: Unit, run: Run, problem: Problem, job: Job, seed: int) -> dict[str, float]:
     """Full-batch training; the scores on the test users at the epoch of the best validation accuracy (Sec. 3.1)."""
     config, made = run.config, setting(run.config, job.method)
     assert job.relations is not None
-    x, graph = problem.x, problem.graph(job.relations)
+    x, graph = problem.x, problem.graph(job.relations, job.merged)
     labels = problem.accounts.labels[job.task].to(run.device)
     train, val, test = (part.to(run.device) for part in problem.accounts.splits(job.task, seed))
+    # Networks of one shape begin alike, so that with and without types they differ in the types only.
+    torch.manual_seed(run.derive_seed("network", job.task, job.method, seed))
     with user_errors():
         model = build(job.method, made, x.shape[1], len(TASKS[job.task]), len(job.relations))
     fused = run.device.type in ("cpu", "cuda")
@@ -434,6 +446,10 @@ def decide(config: Config, run: Run) -> None:
         rgcn, gcn = accuracy("bot", "rgcn/relations=all"), accuracy("bot", "gcn/relations=all")
         return rgcn - gcn >= margin, {"rgcn": rgcn, "gcn": gcn}
 
+    def types_themselves_help(margin: float) -> tuple[bool, dict[str, float]]:
+        typed, merged = accuracy("bot", "rgcn/relations=all"), accuracy("bot", "rgcn/relations=merged")
+        return typed - merged >= margin, {"typed": typed, "merged": merged}
+
     def two_relations_beat_one(margin: float) -> tuple[bool, dict[str, float]]:
         if config.relations != (0, 1):
             raise KeyError("the pair of followers and friends")
@@ -454,6 +470,7 @@ def decide(config: Config, run: Run) -> None:
     claims: tuple[Callable[[float], tuple[bool, dict[str, float]]], ...] = (
         graphs_beat_features,
         types_beat_merged_edges,
+        types_themselves_help,
         two_relations_beat_one,
         all_relations_beat_noise,
         relation_aware_beat_homogeneous,

@@ -105,7 +105,7 @@ class Config:
     """GraphAKD: propagations of the student's middle layer."""
     akd_dropout: float = 0.5
     """GraphAKD: dropout of the student."""
-    akd_lr: float = 1e-3
+    akd_lr: float = 0.01
     """GraphAKD: learning rate of critics and proxy; the student's is a tenth of it."""
     akd_weight_decay: float = 5e-4
     """GraphAKD: weight decay of student, critics and proxy."""
@@ -214,7 +214,6 @@ PRESETS = {
             cpf_patience=150,
             cpf_feat_drop=0.2,
             akd_epochs=200,
-            akd_lr=0.01,
         ),
         seeds=3,
         data=GENERATED,
@@ -228,12 +227,12 @@ PRESETS = {
         claims=False,
         why_not_comparable="a generated graph and a few steps",
     ),
-    "recidivism": Preset(PAPER, seeds=[42], data="Recidivism (bail/)", hours=0.4, needs_data=True, claims=False),
+    "recidivism": Preset(PAPER, seeds=[42], data="Recidivism (bail/)", hours=0.6, needs_data=True, claims=False),
     "recidivism-code": Preset(
         dataclasses.replace(PAPER, arms=("reliant",), **CODE),
         seeds=[42],
         data="Recidivism (bail/)",
-        hours=0.3,
+        hours=0.5,
         needs_data=True,
         claims=False,
         note="every choice as in the official code, test labels in the eo term included",
@@ -242,7 +241,7 @@ PRESETS = {
         dataclasses.replace(PAPER, dataset="credit"),
         seeds=[42],
         data="Credit (credit/)",
-        hours=0.7,
+        hours=1.0,
         needs_data=True,
         claims=False,
         why_not_comparable="without the authors' credit_edges.txt the graph is sparser than theirs",

@@ -851,6 +851,7 @@ def test_the_epoch_is_chosen_by_validation(train: ModuleType, tmp_path: Path, mo
         "--classifiers",
         "--each-relation",
         "--all-relations",
+        "--merged-relations",
         "--tasks",
         "bot",
         "--seeds",
@@ -869,18 +870,24 @@ def test_the_epoch_is_chosen_by_validation(train: ModuleType, tmp_path: Path, mo
         assert name == "val" or found == max(chosen)
 
 
-def test_a_broken_method_fails_the_claim(train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the place of RGCN, a network that merges all edges."""
+def test_a_broken_method_fails_the_claims(train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RGCN without the edges' types, and in its place a network that merges all edges."""
     argv = ["--seeds", "1", "--nodes", "2000", "--epochs", "60", "--hidden", "32", "--lr", "0.003", "--tasks", "bot"]
     argv += ["--classifiers", "--networks", "--each-relation", "--all-relations", "gcn", "rgcn"]
+    whole = train.RelationGraph
     verdicts = {}
-    for name in ("intact", "broken"):
-        if name == "broken":
-            monkeypatch.setitem(train.CLASSES, "rgcn", train.GCN)
-        assert train.main([*argv, "--out", str(tmp_path / name)]) == 0
+    for name in ("intact", "untyped", "replaced"):
+        with monkeypatch.context() as patch:
+            if name == "untyped":
+                patch.setattr(train, "RelationGraph", lambda edges, types, *rest: whole(edges, 0 * types, *rest))
+            if name == "replaced":
+                patch.setitem(train.CLASSES, "rgcn", train.GCN)
+            assert train.main([*argv, "--out", str(tmp_path / name)]) == 0
         verdicts[name] = {claim["name"]: claim["holds"] for claim in read(tmp_path / name)["claims"]}
     # The other claims compare methods that were left out.
-    assert verdicts == {"intact": {"types_beat_merged_edges": True}, "broken": {"types_beat_merged_edges": False}}
+    assert verdicts["intact"] == {"types_beat_merged_edges": True, "types_themselves_help": True}
+    assert not verdicts["untyped"]["types_themselves_help"]
+    assert verdicts["replaced"] == {"types_beat_merged_edges": False, "types_themselves_help": False}
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -929,7 +936,10 @@ def test_the_model_refuses(make: Any, message: str) -> None:
         (["--relations", "7"], "--relations 7: expected different ones among 0..6"),
         (["--relations", "1", "1"], "--relations 1 1"),
         (["--relations"], "--relations"),
-        (["--networks", "--classifiers", "--all-relations", "--each-relation"], "nothing to train"),
+        (
+            ["--networks", "--classifiers", "--all-relations", "--merged-relations", "--each-relation"],
+            "nothing to train",
+        ),
         (["--epochs", "0"], "--epochs is 0"),
         (["--hidden", "12"], "--hidden is 12, expected a multiple of 8"),
         (["--dropout", "1"], "--dropout is 1"),
