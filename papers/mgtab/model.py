@@ -302,7 +302,7 @@ def edge_attend(pattern: Pattern, score: Tensor, count: Tensor, h: Tensor, drop:
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Zeros with probability p and 1 / (1 - p) otherwise, float32, in the shape of ``like``.
+    """Zeros with probability p and 1 / (1 - p) otherwise, float32, in the shape of ``like``; as in papers.reliant.model.
 
     On a CPU one 64-bit number serves four entries (p rounded to 2^-16), several times faster than ``F.dropout``.
     """
