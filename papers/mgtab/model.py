@@ -302,9 +302,10 @@ def edge_attend(pattern: Pattern, score: Tensor, count: Tensor, h: Tensor, drop:
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Zeros with probability p and 1 / (1 - p) otherwise, float32, in the shape of ``like``; as in papers.reliant.model.
+    """Zeros with probability p and 1 / (1 - p) otherwise, float32, in the shape of ``like``.
 
-    On a CPU one 64-bit number serves four entries (p rounded to 2^-16), several times faster than ``F.dropout``.
+    As in papers.reliant.model. On a CPU one 64-bit number serves four entries (p rounded to 2^-16), several times
+    faster than ``F.dropout``.
     """
     if like.device.type != "cpu":
         return F.dropout(torch.ones_like(like, dtype=torch.float32), p)
