@@ -186,7 +186,8 @@ def test_no_device_is_assumed_and_no_pickle_is_loaded(slug):
 def config_and_presets(slug):
     """Config and PRESETS of a paper, without running it."""
     folder, name = folder_of(slug), "train_of_" + slug
-    kept = {other: sys.modules.pop(other) for other in ("model", "data") if other in sys.modules}
+    beside = [path.stem for path in folder.glob("*.py")]
+    kept = {other: sys.modules.pop(other) for other in beside if other in sys.modules}
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location(name, folder / "train.py")
@@ -195,7 +196,7 @@ def config_and_presets(slug):
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        for other in ("model", "data"):
+        for other in beside:
             sys.modules.pop(other, None)
         sys.modules.update(kept)
     return module.Config, module.PRESETS, folder
@@ -340,11 +341,12 @@ def test_readme_snippet_runs(slug, monkeypatch, capsys):
     assert section, "no python block under 'Use it in your code'"
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(folder)
-    kept = {name: sys.modules.pop(name) for name in ("model", "data") if name in sys.modules}
+    beside = [path.stem for path in folder.glob("*.py")]
+    kept = {name: sys.modules.pop(name) for name in beside if name in sys.modules}
     try:
         exec(compile(section[1], f"{slug}/README.md", "exec"), {"__name__": "snippet"})
     finally:
-        for name in ("model", "data"):
+        for name in beside:
             sys.modules.pop(name, None)
         sys.modules.update(kept)
 

@@ -22,9 +22,9 @@ def _seed() -> None:
 
 @pytest.fixture
 def train(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """``train.py`` of the paper that ``test_<slug>.py`` is about, with the ``model`` and ``data`` beside it."""
+    """``train.py`` of the paper that ``test_<slug>.py`` is about, with the modules beside it."""
     folder = str(PAPERS / request.path.stem.removeprefix("test_"))
-    names = ("train", "model", "data")
+    names = [path.stem for path in Path(folder).glob("*.py")]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, folder)
     try:

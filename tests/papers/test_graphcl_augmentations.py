@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from papers.graphcl_augmentations import data, model
+from papers.graphcl_augmentations import data, model, probe
 from papers.graphcl_augmentations.model import (
     BYOL,
     MPAD,
@@ -733,6 +733,39 @@ def test_nearest_neighbours_against_scikit_learn() -> None:
     assert int(clear.sum()) > 20
     one = knn_predict(torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.9, 0.9]]), 3, 2, temperature=0.01)
     assert one.tolist() == [0]  # the nearest outweighs the two others
+
+
+def objective(w: np.ndarray, x: np.ndarray, sign: np.ndarray, penalty: float) -> float:
+    return float(w @ w / 2 + penalty * (np.maximum(0, 1 - sign * (x @ w)) ** 2).sum())
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1.0, 1e3])
+def test_the_linear_probe_is_at_the_minimum_of_the_squared_hinge(penalty: float) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(80, 6)) * 10.0 ** np.arange(-3, 3)  # ill-conditioned, as sums over nodes are
+    sign = np.sign(x[:, 0] * 500 + x[:, 3] + random.normal(size=80))
+    w = probe.squared_hinge(x, sign, penalty)
+    slack = np.maximum(0, 1 - sign * (x @ w))
+    pull, push = w, 2 * penalty * (x * sign[:, None]).T @ slack
+    assert np.abs(pull - push).max() < 1e-8 * max(1.0, penalty * np.abs(x).sum())
+    for _ in range(50):
+        assert objective(w, x, sign, penalty) <= objective(w + random.normal(size=6) * 1e-3, x, sign, penalty)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_linear_probe_agrees_with_liblinear_run_to_its_end(classes: int) -> None:
+    from sklearn.svm import LinearSVC
+
+    random = np.random.default_rng(1)
+    y = random.integers(classes, size=150) + 5
+    x = random.normal(size=(150, 8)) + random.normal(size=(classes, 8))[y - 5]
+    for penalty in (0.01, 1.0):
+        ours = probe.LinearSVM(C=penalty).fit(x, y)
+        peer = LinearSVC(C=penalty, dual=False, tol=1e-10, max_iter=100_000).fit(x, y)
+        np.testing.assert_allclose(ours.decision_function(x), peer.decision_function(x), rtol=1e-4, atol=1e-5)
+        assert (ours.predict(x) == peer.predict(x)).all()
+    with pytest.raises(ValueError, match="one class"):
+        probe.LinearSVM().fit(x, np.zeros(len(x)))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from papers.graphcl_augmentations import data, model
+from papers.graphcl_augmentations import data, model, probe
 from tools.bench import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("REPRO_DATA") or ROOT.parent / "shared" / "data")
 BATCH = 128
+PENALTIES = (0.001, 0.01, 0.1, 1, 10, 100, 1000)
 
 
 @cache
@@ -324,6 +326,38 @@ def padded_step(aggregator: str) -> Callable[[], Any]:
     return lambda: step((matrix, graphs.x), (matrix, graphs.x))
 
 
+@cache
+def embeddings(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised embeddings of an untrained encoder, and labels -1 and 1 (generated sets: by the number of nodes)."""
+    graphs = graph_set(name)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        z = model.Encoder(graphs.x.shape[1], 32, 5, "gin").eval()(graphs).double().numpy()
+    if (DATA / "tu-graphs").is_dir():
+        large = data.load_graphs(DATA / "tu-graphs", name).labels.numpy() == 1
+    else:
+        large = np.diff(graphs.ptr.numpy()) > np.median(np.diff(graphs.ptr.numpy()))
+    return (z - z.mean(0)) / np.maximum(z.std(0), 1e-12), np.where(large, 1.0, -1.0)
+
+
+def our_probe() -> None:
+    """A linear SVM for each C of the grid."""
+    x, sign = embeddings("PROTEINS")
+    for penalty in PENALTIES:
+        probe.LinearSVM(penalty).fit(x, sign)
+
+
+def liblinear_probe() -> None:
+    """The same by scikit-learn."""
+    from sklearn.svm import LinearSVC
+
+    x, sign = embeddings("PROTEINS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it stops at its limit of iterations with the larger C
+        for penalty in PENALTIES:
+            LinearSVC(C=penalty, dual="auto", random_state=0).fit(x, sign)
+
+
 def workloads() -> Iterator[Workload]:
     """Ours beside the usual form."""
     loop = "a graph at a time in Python"
@@ -345,6 +379,8 @@ def workloads() -> Iterator[Workload]:
         "padded batch, sparse matrix",
         target=2.0,
     )
+    title = "PROTEINS, 1,113 embeddings: linear SVM for seven C"
+    yield Workload(title, our_probe, liblinear_probe, "scikit-learn's LinearSVC", target=2.0)
     try:
         import torch_geometric  # noqa: F401
     except ImportError:
