@@ -340,22 +340,25 @@ def embeddings(name: str) -> tuple[np.ndarray, np.ndarray]:
     return (z - z.mean(0)) / np.maximum(z.std(0), 1e-12), np.where(large, 1.0, -1.0)
 
 
-def our_probe() -> None:
+def our_probe() -> Callable[[], Any]:
     """A linear SVM for each C of the grid."""
     x, sign = embeddings("PROTEINS")
-    for penalty in PENALTIES:
-        probe.LinearSVM(penalty).fit(x, sign)
+    return lambda: [probe.LinearSVM(penalty).fit(x, sign) for penalty in PENALTIES]
 
 
-def liblinear_probe() -> None:
-    """The same by scikit-learn."""
+def liblinear_probe() -> Callable[[], Any]:
+    """The same by scikit-learn, which stops at its limit of iterations with the larger C."""
     from sklearn.svm import LinearSVC
 
     x, sign = embeddings("PROTEINS")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it stops at its limit of iterations with the larger C
-        for penalty in PENALTIES:
-            LinearSVC(C=penalty, dual="auto", random_state=0).fit(x, sign)
+
+    def fit() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for penalty in PENALTIES:
+                LinearSVC(C=penalty, dual="auto", random_state=0).fit(x, sign)
+
+    return fit
 
 
 def workloads() -> Iterator[Workload]:
