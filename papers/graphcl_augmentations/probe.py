@@ -15,7 +15,7 @@ def squared_hinge(x: Array, sign: Array, penalty: float, steps: int = 200) -> Ar
     """Weights w that minimise w'w / 2 + C sum_i max(0, 1 - s_i w'x_i)^2.
 
     The sum is quadratic as long as the set of margins below 1 stays the same, so Newton's method ends after a handful
-    of steps at the exact minimum. liblinear needs hundreds where x is ill-conditioned; with a large C it stops before.
+    of steps at the exact minimum. liblinear needs hundreds where x is ill-conditioned, and may stop before.
 
     Args:
         x: (n, d) inputs.
