@@ -43,7 +43,8 @@ class Workload:
         name: what is timed, with its sizes. ours: makes the callable of one step of this project's code.
         other: makes the callable of the peer or straightforward form; ``None`` where none can be run.
         other_name: what it is compared with. other_seconds: its known seconds, where it cannot be run here.
-        target: the least ratio that is expected.
+        target: the least ratio that is expected. clock: what counts seconds; ``time.process_time`` for a peer whose
+            processor time is known.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Workload:
     other_name: str = ""
     other_seconds: float | None = None
     target: float | None = None
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,18 @@ class Row:
     target: float | None
 
 
-def timed(step: Callable[[], Any]) -> float:
+def timed(step: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call; short calls are repeated."""
-    begin = time.perf_counter()
+    begin = clock()
     step()
-    once = time.perf_counter() - begin
+    once = clock() - begin
     repeats = max(1, int(MINIMUM_SECONDS / max(once, 1e-7)))
     if repeats == 1:
         return once
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         step()
-    return (time.perf_counter() - begin) / repeats
+    return (clock() - begin) / repeats
 
 
 def matmul_peak() -> float:
@@ -116,9 +118,9 @@ def compare(work: Workload, peak: float, memory: int | None, rounds: int = ROUND
             step()
     mine, theirs = [], []
     for _ in range(rounds):
-        mine.append(timed(ours))
+        mine.append(timed(ours, work.clock))
         if other is not None:
-            theirs.append(timed(other))
+            theirs.append(timed(other, work.clock))
     seconds = statistics.median(mine)
     other_seconds = statistics.median(theirs) if theirs else work.other_seconds
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)] if theirs else []
