@@ -1317,7 +1317,38 @@ def test_claims_fail_for_a_broken_method(train, tmp_path, monkeypatch) -> None:
     for name in ("masked_training_survives_without_lidar", "masked_training_survives_without_cameras"):
         assert not verdict[name]["holds"]
         assert verdict[name]["measured"]["masked"] == verdict[name]["measured"]["vanilla"]
-    assert not verdict["fusion_beats_single_sensors"]["holds"]  # one step teaches nothing
+
+
+def test_claims_fail_for_a_fusion_that_uses_one_sensor(train) -> None:
+    """A fused model that has learned one sensor only has that sensor's scores with it and nothing without it."""
+    from types import SimpleNamespace
+
+    from shared.paper import read_paper
+
+    folder = Path(train.__file__).parent
+    recorded = json.loads((folder / "results" / "scenes-long.json").read_text())["metrics"]
+    paper = read_paper(folder)
+
+    def verdicts(**masked: float) -> dict[str, bool]:
+        found: dict[str, bool] = {}
+        means = {name: value["mean"] for name, value in recorded.items()}
+        means |= {f"scenes/small/masked/{name}": value for name, value in masked.items()}
+        run = SimpleNamespace(
+            metrics={name: SimpleNamespace(mean=value) for name, value in means.items()},
+            threshold=lambda claim, key="margin": float(paper.claim(claim).thresholds[key]),
+            claim=lambda name, holds, **_: found.update({name: bool(holds)}),
+        )
+        train.decide(train.PRESETS["scenes-long"].config, run)
+        return found
+
+    assert all(verdicts().values())
+    for sensor, lost in (("camera", "cameras"), ("lidar", "lidar")):
+        alone = recorded[f"scenes/small/{sensor}/mAP"]["mean"]
+        without = {f"mAP_without_{lost}": 0.0, f"AP_class_agnostic_without_{lost}": 0.0}
+        found = verdicts(mAP=alone, **without)
+        assert not found["fusion_beats_single_sensors"]
+        assert not found[f"masked_training_survives_without_{lost}"]
+        assert not found["one_model_nears_the_single_sensor_models"]
 
 
 def test_the_cycle_of_the_learning_rate(train) -> None:
