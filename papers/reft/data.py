@@ -302,7 +302,8 @@ def read_shots(root: Path, data: Dataset, labels: Sequence[int], shots: int, see
     """The shots of a seed's list, as instances of ``data``.
 
     Raises:
-        UserError: a file is missing (the pattern is named) or has another number of annotations than ``shots``.
+        UserError: a file is missing (the pattern is named), has another number of annotations than ``shots``, or one of
+            another class.
     """
     known = {(data.images[row.image], row.annotation): row for row in data.instances}
     out = []
@@ -320,7 +321,11 @@ def read_shots(root: Path, data: Dataset, labels: Sequence[int], shots: int, see
         for row in rows:
             if (row["image_id"], row["id"]) not in known:
                 raise UserError(f"{path}: annotation {row['id']} of image {row['image_id']} is not in the training set")
-            out.append(known[row["image_id"], row["id"]])
+            found = known[row["image_id"], row["id"]]
+            if found.label != label:
+                shown, asked = data.classes[found.label], data.classes[label]
+                raise UserError(f"{path}: annotation {row['id']} shows a {shown}, expected a {asked}")
+            out.append(found)
     return out
 
 

@@ -979,6 +979,10 @@ def test_malformed_masks_images_and_shots(coco) -> None:
     shots.write_text(data.shot_file(coco, "car", 1, 0).read_text())
     with pytest.raises(UserError, match="has 1 annotations, expected 2"):
         data.read_shots(coco, found, [1], 2, 0)
+    other = data.shot_file(coco, "car", 1, 0)
+    other.write_text(data.shot_file(coco, found.classes[0], 1, 0).read_text())
+    with pytest.raises(UserError, match=f"shows a {found.classes[0]}, expected a car"):
+        data.read_shots(coco, found, [found.classes.index("car")], 1, 0)
     odd = replace_mask(found)
     with pytest.raises(UserError, match="expected equal sizes"):
         odd.scene(1)

@@ -26,7 +26,7 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def per_point(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """One point of every query after the other, four reads each."""
+    """One point after the other, for all queries and heads, with four reads each."""
     b, _, heads, c = value.shape
     out = value.new_zeros(b, locations.shape[1], heads, c)
     image, head = torch.arange(b).view(-1, 1, 1), torch.arange(heads).view(1, 1, -1)
@@ -103,7 +103,7 @@ def loss(form: str) -> Callable[[], Any]:
 def detection(form: str) -> Callable[[], Any]:
     """Inference on one image with 12 classes of 5 shots."""
     torch.manual_seed(0)
-    net = model.RefT(model.SMALL, model.SmallResNet(), model.SmallResNet.channels, 12).eval()
+    net = model.RefT(model.SMALL, model.SmallResNet(), model.SmallResNet.channels, 12).eval().requires_grad_(False)
     images, labels = torch.rand(60, 3, 64, 64), torch.arange(12).repeat(5)
     masks = torch.zeros(60, 64, 64)
     masks[:, 16:40, 16:40] = 1
