@@ -412,7 +412,7 @@ class Scenes:
 
     An upper and a lower band (stuff), and two to four things that fly above the lower band or stand on it. Relations:
     *over*, the upper band and every flying thing over the lower band; *on*, a thing that stands on the lower band;
-    *touching*, two things that meet (the left one is the subject); *beside*, a thing and the nearest other one, where
+    *touching*, two things that meet (the larger one is the subject); *beside*, a thing and the nearest other one, where
     that is at its height, close and not touching. Which thing is nearest depends on all of them. Classes say nothing
     about which of two predicates holds.
 
@@ -484,7 +484,8 @@ class Scenes:
         centre = (boxes[..., :2] + boxes[..., 2:]) / 2
         thing = torch.arange(k) >= 2
         pair = thing[:, None] & thing & ~torch.eye(k, dtype=torch.bool) & both
-        left = centre[:, :, None, 0] < centre[:, None, :, 0]
+        area = flat.sum(2) - 0.5 * torch.arange(k) / k  # of two equal ones the first
+        larger = area[:, :, None] > area[:, None]
         touch = ((grown @ flat.transpose(1, 2)) >= 3) & pair
         low = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
         down = (low - torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2]))[..., 1]
@@ -494,7 +495,7 @@ class Scenes:
         distance = (centre[:, :, None] - centre[:, None]).square().sum(-1).masked_fill(~pair, torch.inf)
         nearest = F.one_hot(distance.argmin(2), k).bool() & pair
         out[nearest & level & (gap <= 0.25 * s) & ~touch] = 3
-        out[touch & left] = 4
+        out[touch & larger] = 4
         out[:, 2:, 1] = torch.where(self._flies, 1, 2) * both[:, 2:, 1]
         out[:, 0, 1] = 1 * both[:, 0, 1]
         return out

@@ -6,21 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def mask_iou(a: Tensor, b: Tensor) -> Tensor:  # same as papers.psg.model.mask_iou
-    """IoU of boolean masks (M, ...) and (N, ...) by one matrix product: (M, N); 0 of two empty ones."""
-    x, y = a.flatten(1).float(), b.flatten(1).float()
-    inner = x @ y.T
-    return inner / (x.sum(1, keepdim=True) + y.sum(1) - inner).clamp(min=1)
+def bits(masks: Tensor) -> np.ndarray:
+    """Boolean masks (M, H, W) as words of 64 pixels (M, W'), the last one filled up with zeros."""
+    rows = np.packbits(masks.flatten(1).numpy(), axis=1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
 
 
-def pair_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of masks one by one: (M, H, W) bool twice -> (M,)."""
-    inner, union = (x.flatten(1).sum(1) for x in (a & b, a | b))
-    return inner / union.clamp(min=1)
+def pair_iou(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """IoU of chosen pairs of masks, counted 64 pixels at a time.
+
+    Args:
+        a, b: (M, H, W) and (N, H, W) bool. row, column: of one shape, indices into ``a`` and ``b``.
+
+    Returns:
+        Of the shape of ``row``, float64; 0 for two empty masks.
+    """
+    x, y = bits(a), bits(b)
+    area = [np.bitwise_count(part).sum(1, dtype=np.int64) for part in (x, y)]
+    i, j = row.flatten().numpy(), column.flatten().numpy()
+    inner = np.bitwise_count(x[i] & y[j]).sum(1, dtype=np.int64)
+    union = area[0][i] + area[1][j] - inner
+    return torch.from_numpy(inner / np.maximum(union, 1)).view(row.shape)
 
 
 @dataclass
@@ -59,11 +70,12 @@ def first_hits(found: Any, truth: Truth, overlap: float = 0.5, phrase: bool = Fa
     mine, theirs = found.pairs[which], relations[edge, :2]
     if phrase:
         (a, b), (c, d) = mine.unbind(1), theirs.unbind(1)
-        near = pair_iou(found.masks[a] | found.masks[b], truth.masks[c] | truth.masks[d]) >= overlap
+        every = torch.arange(len(which))
+        near = pair_iou(found.masks[a] | found.masks[b], truth.masks[c] | truth.masks[d], every, every) >= overlap
     else:
         used, row = mine.unique(return_inverse=True)
         known, column = theirs.unique(return_inverse=True)
-        near = (mask_iou(found.masks[used], truth.masks[known]) >= overlap)[row, column].all(1)
+        near = pair_iou(found.masks[used], truth.masks[known], row, column).ge(overlap).all(1)
     hit[which, edge] = near
     return torch.where(hit.any(0), hit.int().argmax(0), never)
 

@@ -647,11 +647,81 @@ def without_repeats(t: Triplets, overlap: float = 0.5) -> Triplets:
     return Triplets(t.subject[keep], t.predicate[keep], t.object[keep], t.score[keep], t.masks, t.pairs[keep])
 
 
+# ---- DETR ------------------------------------------------------------------------------------------------------------
+
+
+class DETR(OneStage):
+    """Panoptic DETR: object queries with a class, a box and a mask. The paper's networks begin with its weights."""
+
+    def __init__(self, trunk: nn.Module, **kwargs: Any) -> None:
+        super().__init__(trunk, **kwargs)
+        d, heads = self.d, self.size[2]
+        self.object_decoder, self.object_query = Decoder(*self.size), nn.Embedding(self.queries, d)
+        self.cls, self.box = nn.Linear(d, self.classes + 1), box_mlp(d)
+        self.attention, self.mask = AttentionMap(d, heads), MaskHead(d, heads, trunk.channels[2::-1], self.mask_width)
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
+        """Decode; masks are made on demand (``object_masks``).
+
+        Returns:
+            ``cls`` (L, B, Q, C + 1), ``box`` (L, B, Q, 4), ``last`` (B, Q, d), ``seen``.
+        """
+        seen = self.encode(images, padding)
+        h = self.object_decoder(self.object_query.weight, seen.memory, seen.positions, seen.allowed)
+        return {"cls": self.cls(h), "box": self.box(h).sigmoid(), "last": h[-1], "seen": seen}
+
+    def object_masks(self, out: dict[str, Any], image: Tensor, query: Tensor) -> Tensor:
+        """Mask logits (M, h, w) of chosen object queries."""
+        return self.masks(self.attention, self.mask, out["last"][image, query], image, out["seen"])
+
+    @torch.no_grad()
+    def segments(self, out: dict[str, Any], size: tuple[int, int], number: int, threshold: float = 0.5) -> Any:
+        """Classes (M,), scores (M,) and masks (M, *size) of one image's queries that are not background."""
+        score, label = out["cls"][-1, number].softmax(-1).max(-1)
+        query = (label != self.classes).nonzero().squeeze(1)
+        logits = self.object_masks(out, torch.full_like(query, number), query)
+        return label[query], score[query], resized(logits, size).sigmoid() > threshold
+
+    def match_objects(self, out: dict[str, Any], targets: Targets) -> Tensor:
+        """(L, B, N) object query of each segment, -1 for padding."""
+        layers = len(out["cls"])
+        labels = targets.labels.expand(layers, -1, -1)
+        cost = PSGFORMER_COST["cls"] * class_cost(out["cls"], labels)
+        boxes = targets.boxes.expand(layers, -1, -1, -1)
+        return hungarian(cost + box_cost(out["box"], boxes, PSGFORMER_COST), targets.segments)
+
+    def object_loss(self, out: dict[str, Any], targets: Targets, match: Tensor) -> dict[str, Tensor]:
+        """Terms of classes, boxes (all layers) and masks (the last), given ``match_objects``."""
+        layers, batch, queries = out["cls"].shape[:3]
+        w, terms = PSGFORMER_LOSS, {}
+        valid = match >= 0
+        labels = torch.full((layers, batch, queries + 1), self.classes, device=match.device)
+        labels.scatter_(2, torch.where(valid, match, queries), targets.labels.expand_as(match))
+        terms["cls"] = w["cls"] * weighted_ce(out["cls"], labels[..., :-1], self.classes)
+        true = targets.boxes.expand(layers, -1, -1, -1)
+        l1, overlap = box_loss(pick(out["box"], match), true, valid)
+        terms["l1"], terms["giou"] = w["l1"] * l1, w["giou"] * overlap
+        image, segment = valid[-1].nonzero(as_tuple=True)
+        if len(image):
+            shapes = targets.masks[image, segment]
+            logits = resized(self.object_masks(out, image, match[-1, image, segment]), shapes.shape[-2:])
+            terms["dice"] = w["dice"] * dice_loss(logits, shapes).sum() / len(image)
+            terms["focal"] = w["focal"] * focal_loss(logits, shapes).sum() / len(image)
+        else:  # every parameter takes part, whatever the batch
+            nothing = torch.zeros(1, dtype=torch.long, device=match.device)
+            terms["dice"] = self.object_masks(out, nothing, nothing).sum() * 0
+        return terms
+
+    def loss(self, out: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+        """Loss terms of panoptic segmentation, weighted as PSGFormer's; relations are not looked at."""
+        return self.object_loss(out, targets, self.match_objects(out, targets))
+
+
 # ---- PSGFormer -------------------------------------------------------------------------------------------------------
 
 
-class PSGFormer(OneStage):
-    """Object queries and relation queries in two decoders, joined by similarity as in prompting.
+class PSGFormer(DETR):
+    """DETR's object queries and relation queries of a second decoder, joined by similarity as in prompting.
 
     Args:
         temperature: of the cosine. official_layout: hold the third MLP of the released model, which nothing uses.
@@ -661,13 +731,9 @@ class PSGFormer(OneStage):
         self, trunk: nn.Module, temperature: float = 0.1, official_layout: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(trunk, **kwargs)
-        d, heads = self.d, self.size[2]
-        self.temperature = temperature
-        self.object_decoder, self.relation_decoder = Decoder(*self.size), Decoder(*self.size)
-        self.object_query, self.relation_query = nn.Embedding(self.queries, d), nn.Embedding(self.queries, d)
-        self.cls, self.box = nn.Linear(d, self.classes + 1), box_mlp(d)
+        d, self.temperature = self.d, temperature
+        self.relation_decoder, self.relation_query = Decoder(*self.size), nn.Embedding(self.queries, d)
         self.rel_cls = nn.Linear(d, self.predicates + 1)
-        self.attention, self.mask = AttentionMap(d, heads), MaskHead(d, heads, trunk.channels[2::-1], self.mask_width)
 
         def update(width: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.Linear(d, d))
@@ -687,35 +753,17 @@ class PSGFormer(OneStage):
             ``cls`` (L, B, Q, C + 1), ``box`` (L, B, Q, 4), ``rel_cls`` (L, B, Q, P + 1), ``sub_id``, ``obj_id``
             (B, Q, Q) similarity of relation query and object query, ``last`` (B, Q, d), ``seen``.
         """
-        seen = self.encode(images, padding)
-        h = self.object_decoder(self.object_query.weight, seen.memory, seen.positions, seen.allowed)
+        out = super().forward(images, padding)
+        seen = out["seen"]
         r = self.relation_decoder(self.relation_query.weight, seen.memory, seen.positions, seen.allowed)
         asked = F.normalize(r[-1], dim=-1)
         similar = [
-            asked @ F.normalize(update(h[-1]), dim=-1).transpose(1, 2) / self.temperature  # cosine over the temperature
+            asked
+            @ F.normalize(update(out["last"]), dim=-1).transpose(1, 2)
+            / self.temperature  # cosine over the temperature
             for update in (self.sub_update, self.obj_update)
         ]
-        return {
-            "cls": self.cls(h),
-            "box": self.box(h).sigmoid(),
-            "rel_cls": self.rel_cls(r),
-            "sub_id": similar[0],
-            "obj_id": similar[1],
-            "last": h[-1],
-            "seen": seen,
-        }
-
-    def object_masks(self, out: dict[str, Any], image: Tensor, query: Tensor) -> Tensor:
-        """Mask logits (M, h, w) of chosen object queries."""
-        return self.masks(self.attention, self.mask, out["last"][image, query], image, out["seen"])
-
-    def match_objects(self, out: dict[str, Any], targets: Targets) -> Tensor:
-        """(L, B, N) object query of each segment, -1 for padding."""
-        layers = len(out["cls"])
-        labels = targets.labels.expand(layers, -1, -1)
-        cost = PSGFORMER_COST["cls"] * class_cost(out["cls"], labels)
-        boxes = targets.boxes.expand(layers, -1, -1, -1)
-        return hungarian(cost + box_cost(out["box"], boxes, PSGFORMER_COST), targets.segments)
+        return {**out, "rel_cls": self.rel_cls(r), "sub_id": similar[0], "obj_id": similar[1]}
 
     def identities(self, scores: Tensor, objects: Tensor) -> Tensor:
         """Log-probability of each segment, softmax over the object queries that are matched.
@@ -733,26 +781,8 @@ class PSGFormer(OneStage):
     def loss(self, out: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
         """Loss terms, weighted and summed over layers; works for any batch (the released one for one image)."""
         layers, batch, queries = out["rel_cls"].shape[:3]
-        w, terms = PSGFORMER_LOSS, {}
-        match = self.match_objects(out, targets)
-        valid = match >= 0
-        labels = torch.full((layers, batch, queries + 1), self.classes, device=match.device)
-        labels.scatter_(2, torch.where(valid, match, queries), targets.labels.expand_as(match))
-        terms["cls"] = w["cls"] * weighted_ce(out["cls"], labels[..., :-1], self.classes)
-        true = targets.boxes.expand(layers, -1, -1, -1)
-        l1, overlap = box_loss(pick(out["box"], match), true, valid)
-        terms["l1"], terms["giou"] = w["l1"] * l1, w["giou"] * overlap
-
-        image, segment = valid[-1].nonzero(as_tuple=True)
-        if len(image):
-            shapes = targets.masks[image, segment]
-            logits = resized(self.object_masks(out, image, match[-1, image, segment]), shapes.shape[-2:])
-            terms["dice"] = w["dice"] * dice_loss(logits, shapes).sum() / len(image)
-            terms["focal"] = w["focal"] * focal_loss(logits, shapes).sum() / len(image)
-        else:
-            nothing = torch.zeros(1, dtype=torch.long, device=match.device)
-            terms["dice"] = self.object_masks(out, nothing, nothing).sum() * 0
-
+        w, match = PSGFORMER_LOSS, self.match_objects(out, targets)
+        valid, terms = match >= 0, self.object_loss(out, targets, match)
         sub, obj, predicate = targets.relations.unbind(-1)
         both = [self.identities(out[name], match[-1]) for name in ("sub_id", "obj_id")]
         spread = [log_p.gather(2, part.unsqueeze(1).expand(-1, queries, -1)) for log_p, part in zip(both, (sub, obj))]
@@ -783,3 +813,89 @@ class PSGFormer(OneStage):
             label = out["cls"][-1, number, :, :-1].argmax(-1)
             found.append(Triplets(label[ends[:, 0]], predicate, label[ends[:, 1]], score, masks, pairs))
         return found
+
+
+# ---- beginning with DETR ---------------------------------------------------------------------------------------------
+
+
+def begin_with_detr(net: PSGTR | PSGFormer, state: dict[str, Tensor]) -> list[str]:
+    """Copy what fits of a panoptic DETR's weights, as both networks of the paper begin.
+
+    PSGTR takes the decoder and its queries for triplets; both of its class, box and mask heads begin as DETR's.
+
+    Args:
+        net: changed in place. state: of ``DETR`` (also ``from_released_detr``).
+
+    Returns:
+        Names of the parameters that nothing in ``state`` fits by name and shape.
+    """
+    given = dict(state)
+    if isinstance(net, PSGTR):
+        heads = {"cls": "cls", "box": "box", "attention": "attention", "mask": "mask"}
+        parts = {"object_decoder": ["decoder"], "object_query": ["query"]}
+        parts |= {old: [f"sub_{new}", f"obj_{new}"] for old, new in heads.items()}
+        for name, value in state.items():
+            first, _, rest = name.partition(".")
+            for part in parts.get(first, []):
+                given[f"{part}.{rest}"] = value
+    own = net.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    net.load_state_dict(fitting, strict=False)
+    return [name for name, _ in net.named_parameters() if name not in fitting]
+
+
+RELEASED_NAMES = {
+    "detr.transformer.encoder.layers.": "encoder.",
+    "detr.transformer.decoder.layers.": "object_decoder.layers.",
+    "detr.transformer.decoder.norm.": "object_decoder.norm.",
+    "detr.query_embed.": "object_query.",
+    "detr.class_embed.": "cls.",
+    "detr.input_proj.": "input_proj.",
+    "detr.bbox_embed.layers.0.": "box.0.",
+    "detr.bbox_embed.layers.1.": "box.2.",
+    "detr.bbox_embed.layers.2.": "box.4.",
+    "detr.backbone.0.body.conv1.": "trunk.stem.0.",
+    "detr.backbone.0.body.bn1.": "trunk.stem.1.",
+    **{f"detr.backbone.0.body.layer{k + 1}.": f"trunk.stages.{k}." for k in range(4)},
+    "bbox_attention.q_linear.": "attention.q.",
+    "bbox_attention.k_linear.": "attention.k.",
+    **{f"mask_head.lay{k + 1}.": f"mask.convs.{k}." for k in range(5)},
+    **{f"mask_head.gn{k + 1}.": f"mask.norms.{k}." for k in range(5)},
+    **{f"mask_head.adapter{k + 1}.": f"mask.adapters.{k}." for k in range(3)},
+    "mask_head.out_lay.": "mask.last.",
+}
+"""Prefixes of facebookresearch/detr's panoptic checkpoints (``detr-r50-panoptic``), and what they are here."""
+_LAYER_NAMES = {
+    "linear1.": "ffn.0.",
+    "linear2.": "ffn.3.",
+    **{f"norm{k + 1}.": f"norms.{k}." for k in range(3)},
+}
+
+
+def from_released_detr(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of facebookresearch/detr's panoptic model as that of ``DETR`` with a ``ResNetTrunk``.
+
+    Joint projections of queries, keys and values are split. Their class head has COCO's category numbers (251 rows) and
+    stays as it is; ``begin_with_detr`` leaves it out where the number of classes differs.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        prefix = next((p for p in RELEASED_NAMES if name.startswith(p)), None)
+        if prefix is None:
+            continue
+        rest = name[len(prefix) :]
+        if prefix.endswith("coder.layers."):
+            layer, _, rest = rest.partition(".")
+            kind, _, leaf = rest.partition(".")
+            if kind in ("self_attn", "multihead_attn"):
+                attention = "cross" if kind == "multihead_attn" else "itself" if "decoder" in prefix else "attention"
+                stem = f"{RELEASED_NAMES[prefix]}{layer}.{attention}."
+                if leaf.startswith("in_proj_"):
+                    for part, piece in zip("qkv", value.chunk(3), strict=True):
+                        out[f"{stem}{part}.{leaf.removeprefix('in_proj_')}"] = piece
+                else:
+                    out[stem + leaf.replace("out_proj", "out")] = value
+                continue
+            rest = f"{layer}." + _LAYER_NAMES[f"{kind}."] + leaf
+        out[RELEASED_NAMES[prefix] + rest] = value
+    return out

@@ -38,9 +38,15 @@ class Config:
     """K of R@K and mR@K."""
     backbone: Literal["tiny", "r50", "r101"] = "r50"
     """Trunk of the one-stage nets."""
-    trunk: Literal["random", "detector"] = "random"
-    """Where the one-stage nets begin: random (or --weights), or with the trunk of the detector of scenes, as the paper
-    begins with a DETR that was trained on panoptic COCO."""
+    start: Literal["random", "shipped", "own"] = "random"
+    """Where the one-stage nets begin: random (or --weights), or, as the paper begins with a DETR of panoptic COCO, with
+    a DETR of other generated scenes, in weights/ or of this run. The frozen detector of scenes comes from there too."""
+    pretrain_steps: int = 0
+    """Steps of that DETR (--start own)."""
+    pretrain_scenes: int = 4000
+    """Scenes that it and the detector learn from (their segments, not their relations)."""
+    export: str = ""
+    """Folder to write both to (safetensors); relative to this folder."""
     d: int = 256
     """Width of the one-stage nets."""
     mask_width: int = 0
@@ -116,13 +122,14 @@ class Config:
     phrase: bool = False
     """Also measure recall of phrases: the union of both masks is compared."""
     weights: str = ""
-    """State dict to begin with: the net's own (psgtr, psgformer), or Mask R-CNN's with FPN from torchvision (heads)."""
+    """State dict to begin with: a net's own or facebookresearch/detr's panoptic one (psgtr, psgformer), or Mask R-CNN's
+    with FPN from torchvision (heads)."""
     train_scenes: int = 800
     """Generated scenes to train on."""
     test_scenes: int = 200
     """Generated scenes to test on."""
-    detector_steps: int = 150
-    """Steps of the frozen detector of generated scenes."""
+    detector_steps: int = 0
+    """Steps of the frozen detector of generated scenes (not with --start shipped)."""
     limit: int = 0
     """Most images of each split; 0: all."""
     workers: int = 0
@@ -133,9 +140,19 @@ class Config:
             options.at_least(name, getattr(self, name), 1)
         for name in ("head_features", "head_hidden", "pooling", "words", "pairs", "train_scenes", "test_scenes"):
             options.at_least(name, getattr(self, name), 1)
-        for name in ("overfit_steps", "overfit_batch", "detector_steps"):
+        for name in ("overfit_steps", "overfit_batch", "pretrain_scenes"):
             options.at_least(name, getattr(self, name), 1)
-        for name in ("overfit_lr", "overfit_clip", "sgdet_seeds", "weight_decay", "unsampled", "limit", "workers"):
+        for name in (
+            "overfit_lr",
+            "overfit_clip",
+            "sgdet_seeds",
+            "weight_decay",
+            "unsampled",
+            "limit",
+            "workers",
+            "detector_steps",
+            "pretrain_steps",
+        ):
             options.at_least(name, getattr(self, name), 0)
         for name in ("lr", "slow_lr", "clip", "head_lr", "imp_lr", "epochs"):
             options.above(name, getattr(self, name), 0)
@@ -151,7 +168,7 @@ class Config:
         for name, words in known.items():
             if getattr(self, name):
                 options.among(name, getattr(self, name), words)
-        if not (self.predcls or self.sgdet or self.overfit):
+        if not (self.predcls or self.sgdet or self.overfit or self.export):
             raise ValueError("--predcls, --sgdet and --overfit are all empty, expected something to train")
         if self.mask_width < 0 or self.mask_width % 32:
             raise ValueError(f"--mask-width is {self.mask_width}, expected 0 or a multiple of 32")
@@ -159,6 +176,15 @@ class Config:
             raise ValueError(f"--d is {self.d}, expected a multiple of 16 (8 heads, sine positions, mask head)")
         if self.head_features % 4 or self.head_hidden % 4:
             raise ValueError("--head-features and --head-hidden have to be multiples of 4")
+        if self.start != "random" and self.dataset != "scenes":
+            raise ValueError(f"--start {self.start} is a network of generated scenes, expected --dataset scenes")
+        if (self.start == "own") != (self.pretrain_steps > 0):
+            raise ValueError("--start own and --pretrain-steps above 0 belong together")
+        if self.export and (self.start != "own" or not self.detector_steps):
+            raise ValueError("--export needs --start own and --detector-steps above 0")
+        detects = self.dataset == "scenes" and (self.predcls or set(self.sgdet) & set(HEAD_NAMES))
+        if detects and self.start != "shipped" and not self.detector_steps:
+            raise ValueError("two-stage heads on scenes need --start shipped, or --detector-steps above 0")
         if self.dataset != "scenes" and (self.overfit or set(self.sgdet) & set(HEAD_NAMES)):
             raise ValueError(f"--dataset {self.dataset}: --overfit and two-stage --sgdet need the detector of scenes")
 
@@ -171,10 +197,10 @@ SMALL = Config(
     sgdet_seeds=1,
     ks=(10, 20, 50, 100),
     backbone="tiny",
-    trunk="detector",
-    d=48,
+    start="shipped",
+    d=64,
     mask_width=96,
-    hidden=96,
+    hidden=128,
     layers=2,
     queries=16,
     dropout=0.0,
@@ -199,6 +225,7 @@ SMALL = Config(
 PHOTOS = replace(
     SMALL,
     dataset="coco",
+    start="random",
     sgdet=(),
     overfit=(),
     ks=(20, 50, 100),
@@ -227,6 +254,9 @@ PRESETS = {
             head_batch=8,
             overfit=("psgformer",),
             overfit_steps=2,
+            start="own",
+            pretrain_steps=2,
+            pretrain_scenes=16,
             detector_steps=2,
             predcls=("imp", "vctree"),
         ),
@@ -234,6 +264,23 @@ PRESETS = {
         hours=0.003,
         claims=False,
         why_not_comparable="a few steps on generated scenes",
+    ),
+    "pretrain": Preset(
+        replace(
+            SMALL,
+            predcls=(),
+            sgdet=(),
+            overfit=(),
+            start="own",
+            pretrain_steps=4000,
+            detector_steps=600,
+            export="weights",
+        ),
+        data="generated scenes",
+        hours=0.3,
+        claims=False,
+        why_not_comparable="generated scenes, no relations",
+        note="writes weights/detr.safetensors and weights/detector.safetensors",
     ),
     "scenes-long": Preset(
         replace(SMALL, epochs=30.0, overfit_steps=1500),
@@ -272,10 +319,13 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from shared import report  # noqa: E402
 from shared.errors import UserError, user_errors  # noqa: E402
+from shared.files import replacing  # noqa: E402
 from shared.run import Run, Unit  # noqa: E402
 from shared.sampling import EpochSampler  # noqa: E402
 
@@ -296,7 +346,18 @@ from data import (  # noqa: E402
 )
 from detector import PixelDetector, pooled  # noqa: E402
 from metrics import Recall, Truth  # noqa: E402
-from model import PSGTR, PSGFormer, ResNetTrunk, Targets, TinyTrunk, Triplets  # noqa: E402
+from model import (  # noqa: E402
+    DETR,
+    PSGTR,
+    PSGFormer,
+    ResNetTrunk,
+    Targets,
+    TinyTrunk,
+    Triplets,
+    begin_with_detr,
+    from_released_detr,
+    mask_iou,
+)
 from twostage import (  # noqa: E402
     HEADS,
     Head,
@@ -311,8 +372,10 @@ from twostage import (  # noqa: E402
     word_vectors,
 )
 
-DETECTOR_BATCH = 16
+HERE = Path(__file__).resolve().parent
+PRETRAIN_BATCH = 16
 DETECTOR_LR = 3e-3
+DETR_LR = 1e-3
 SHOWN = 6
 """Triplets of an image in the figure."""
 
@@ -366,9 +429,9 @@ def state_dict_of(config: Config, run: Run) -> dict[str, Tensor]:
 # ---- one-stage nets --------------------------------------------------------------------------------------------------
 
 
-def make_net(config: Config, name: str, classes: int, predicates: int) -> PSGTR | PSGFormer:
-    """A one-stage net of the configuration."""
-    trunk = TinyTrunk(16) if config.backbone == "tiny" else ResNetTrunk(int(config.backbone[1:]))
+def make_net(config: Config, name: str, classes: int, predicates: int) -> DETR | PSGTR | PSGFormer:
+    """A one-stage net of the configuration, or the DETR that they begin with."""
+    trunk = TinyTrunk(24) if config.backbone == "tiny" else ResNetTrunk(int(config.backbone[1:]))
     size = {
         "classes": classes,
         "predicates": predicates,
@@ -381,7 +444,7 @@ def make_net(config: Config, name: str, classes: int, predicates: int) -> PSGTR 
         "mask_width": config.mask_width,
     }
     with user_errors():
-        return PSGTR(trunk, **size) if name == "psgtr" else PSGFormer(trunk, **size)
+        return {"psgtr": PSGTR, "psgformer": PSGFormer, "detr": DETR}[name](trunk, **size)
 
 
 def collate(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor | None, Targets]:
@@ -431,7 +494,7 @@ def load(split: Any, index: Sequence[int], workers: int, prepare: Callable[[Pict
 class WithLoss(nn.Module):
     """A one-stage net and its loss as one call: masks are made inside it, where a wrapper has to see them."""
 
-    def __init__(self, net: PSGTR | PSGFormer) -> None:
+    def __init__(self, net: DETR | PSGTR) -> None:
         super().__init__()
         self.net = net
 
@@ -448,10 +511,14 @@ def train_net(config: Config, run: Run, unit: Unit, splits: tuple[Any, Any]) -> 
     torch.manual_seed(run.derive_seed("initial weights", name, seed))
     net = make_net(config, name, len(train.classes), len(train.predicates))
     if config.weights:
-        missing, unknown = net.load_state_dict(state_dict_of(config, run), strict=False)
-        run.print(f"--weights: {len(missing)} tensors begin at random, {len(unknown)} of the file are not used")
-    elif config.trunk == "detector":
-        net.trunk.load_state_dict(detector_of(run, train).trunk.state_dict())
+        state = state_dict_of(config, run)
+        released = from_released_detr(state)
+        anew = begin_with_detr(net, released or state)
+        if len(anew) == len(list(net.parameters())):
+            raise UserError(f"--weights {config.weights}: no tensor fits {name} by name and shape")
+        run.print(f"--weights: {len(anew)} parameters begin at random, among them {', '.join(anew[:3]) or 'none'}")
+    elif config.start != "random":
+        begin_with_detr(net, pretrained(config, run, "detr"))
     net = net.to(run.device).train()
     many = min(config.overfit_scenes, size_of(config, train)) if task == "overfit" else size_of(config, train)
     batch = min(config.overfit_batch if task == "overfit" else config.batch, many)
@@ -461,7 +528,7 @@ def train_net(config: Config, run: Run, unit: Unit, splits: tuple[Any, Any]) -> 
     if task == "overfit":
         lr, clip = config.overfit_lr or lr, config.overfit_clip or clip
     groups = net.parameter_groups(lr, config.slow_lr)
-    adam = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     model, optimizer = run.setup(WithLoss(net), adam)
     unit.attach(model=model, optimizer=adam)
     rates = [lr, lr * config.slow_lr]
@@ -582,32 +649,122 @@ class Record:
     masks: Tensor | None = None
 
 
-def train_detector(config: Config, run: Run, unit: Unit, train: Scenes) -> None:
+def train_detector(config: Config, run: Run, unit: Unit, scenes: Scenes, test: Scenes) -> None:
     """Train the detector of generated scenes; its weights are kept."""
     torch.manual_seed(run.derive_seed("detector"))
-    net = PixelDetector(TinyTrunk(16), len(train.classes), int(train.thing.sum())).to(run.device)
+    net = new_detector(scenes).to(run.device)
     adam = torch.optim.Adam(net.parameters(), DETECTOR_LR)
     unit.attach(model=net, optimizer=adam)
-    sampler = EpochSampler(len(train), min(DETECTOR_BATCH, len(train)), run.derive_seed("detector order"))
-    labels = torch.zeros(len(train), *train.images.shape[-2:], dtype=torch.long)
-    for k in range(train._masks.shape[1]):
-        labels += train._masks[:, k] * train._labels[:, k, None, None]
+    sampler = EpochSampler(len(scenes), min(PRETRAIN_BATCH, len(scenes)), run.derive_seed("detector order"))
+    labels = torch.zeros(len(scenes), *scenes.images.shape[-2:], dtype=torch.long)
+    for k in range(scenes._masks.shape[1]):
+        labels += scenes._masks[:, k] * scenes._labels[:, k, None, None]
     for step in unit.steps(config.detector_steps):
         index = sampler[step]
         adam.param_groups[0]["lr"] = DETECTOR_LR * (0.1 if step >= 0.8 * config.detector_steps else 1.0)
         adam.zero_grad()
-        loss = F.cross_entropy(net(normalised(train.images[index]).to(run.device)), labels[index].to(run.device))
+        loss = F.cross_entropy(net(normalised(scenes.images[index]).to(run.device)), labels[index].to(run.device))
         run.backward(loss)
         adam.step()
         unit.log(loss=loss)
-        unit.state["loss"] = float(loss.detach())
-    unit.finish({"scenes/detector/loss": unit.state["loss"]}, {}, dict(net.state_dict()))
+    net.eval()
+
+    def find(pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+        found = net.detect(normalised(torch.stack([p.image for p in pictures])).to(run.device))
+        return [(each.labels, each.masks) for each in found]
+
+    metrics = {"scenes/segments/detector": found_segments(test, find)}
+    unit.finish(metrics, {"scenes/detector/seconds": unit.seconds}, dict(net.state_dict()))
 
 
-def detector_of(run: Run, train: Scenes) -> PixelDetector:
+def train_detr(config: Config, run: Run, unit: Unit, scenes: Scenes, test: Scenes) -> None:
+    """Train the DETR that one-stage nets begin with on the segments of scenes; its weights are kept."""
+    torch.manual_seed(run.derive_seed("detr"))
+    net = make_net(config, "detr", len(scenes.classes), len(scenes.predicates)).to(run.device).train()
+    adam = torch.optim.AdamW(net.parameters(), DETR_LR, weight_decay=config.weight_decay, fused=True)
+    model, optimizer = run.setup(WithLoss(net), adam)
+    unit.attach(model=model, optimizer=adam)
+    sampler = EpochSampler(len(scenes), min(PRETRAIN_BATCH, len(scenes)), run.derive_seed("detr order"))
+    for step in unit.steps(config.pretrain_steps):
+        warm, late = min(1.0, (step + 1) / 200), 0.1 if step >= 0.85 * config.pretrain_steps else 1.0
+        adam.param_groups[0]["lr"] = DETR_LR * warm * late
+        optimizer.zero_grad()
+        for part, share in run.shard(sampler[step]):
+            pictures = [training_picture(config, scenes[i], run.generator("detr", step, i)) for i in part.tolist()]
+            images, padding, targets = collate(pictures)
+            terms = model(images.to(run.device), padding, targets.to(run.device))
+            loss = sum(terms.values(), torch.zeros((), device=run.device))
+            run.backward(share * loss)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+        optimizer.step()
+        unit.log(loss=loss, **terms)
+    net.eval()
+
+    def find(pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+        images, _, _ = collate(pictures)
+        with torch.no_grad():
+            out = net(images.to(run.device))
+        found = [net.segments(out, tuple(p.image.shape[1:]), number) for number, p in enumerate(pictures)]
+        return [(labels.cpu(), masks.cpu()) for labels, _, masks in found]
+
+    metrics = {"scenes/segments/detr": found_segments(test, find)}
+    unit.finish(metrics, {"scenes/detr/seconds": unit.seconds}, dict(net.state_dict()))
+
+
+def found_segments(split: Scenes, find: Callable[[list[Picture]], list[tuple[Tensor, Tensor]]]) -> float:
+    """Share of true segments that a found one of their class covers with an IoU of at least one half."""
+    hit = total = 0
+    for at in range(0, len(split), 20):
+        pictures = [split[i] for i in range(at, min(at + 20, len(split)))]
+        for picture, (labels, masks) in zip(pictures, find(pictures), strict=True):
+            good = (mask_iou(picture.masks, masks) >= 0.5) & (picture.labels[:, None] == labels[None])
+            hit, total = hit + int(good.any(1).sum()), total + len(good)
+    return hit / max(total, 1)
+
+
+def pretrained(config: Config, run: Run, name: str) -> dict[str, Tensor]:
+    """Weights of the detector or the DETR of scenes, shipped or this run's.
+
+    Raises:
+        UserError: weights/ lacks them.
+    """
+    if config.start != "shipped":
+        return run.kept((name,))
+    path = HERE / "weights" / f"{name}.safetensors"
+    try:
+        return {key: value.float() for key, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: make it with: uv run train.py --preset pretrain") from error
+
+
+def export(config: Config, run: Run) -> None:
+    """Write the detector and the DETR, in half precision, with what they learned from in the files' metadata."""
+    folder = Path(config.export)
+    folder = folder if folder.is_absolute() else HERE / folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("detector", "detr"):
+        about = {
+            "paper": "psg",
+            "what": f"{name} of generated scenes",
+            "data": "scenes generated by data.py of this folder, other ones than those that are trained and tested on",
+            "licence": "MIT, as this repository",
+            "command": "uv run train.py --preset pretrain",
+        }
+        tensors = {key: value.half().contiguous() for key, value in run.kept((name,)).items()}
+        with replacing(folder / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata=about)
+        run.print(f"wrote {folder / name}.safetensors")
+
+
+def new_detector(scenes: Scenes) -> PixelDetector:
+    """The detector of scenes, untrained."""
+    return PixelDetector(TinyTrunk(16), len(scenes.classes), int(scenes.thing.sum()))
+
+
+def detector_of(config: Config, run: Run, scenes: Scenes) -> PixelDetector:
     """The trained detector, frozen."""
-    net = PixelDetector(TinyTrunk(16), len(train.classes), int(train.thing.sum()))
-    net.load_state_dict(run.kept(("detector",)))
+    net = new_detector(scenes)
+    net.load_state_dict(pretrained(config, run, "detector"))
     return net.eval().requires_grad_(False)
 
 
@@ -1001,6 +1158,22 @@ def draw_graph(ax: Any, image: Tensor, masks: Tensor, pairs: Tensor, words: list
     ax.set_xlabel("\n".join(f"{k + 1}  {word}" for k, word in enumerate(words)), fontsize=7, loc="left")
 
 
+def draw_segments(config: Config, run: Run, test: Scenes) -> Any:
+    """Test scenes, and the segments that the DETR of this run finds."""
+    net = make_net(config, "detr", len(test.classes), len(test.predicates)).eval()
+    net.load_state_dict(pretrained(config, run, "detr"))
+    pictures = [test[i] for i in range(min(4, len(test)))]
+    with torch.no_grad():
+        out = net(normalised(torch.stack([p.image for p in pictures])))
+    figure, axes = report.figure(2, len(pictures), width=2.6, height=2.8)
+    none, nothing = torch.zeros(0, 2, dtype=torch.long), []
+    for number, (picture, (top, bottom)) in enumerate(zip(pictures, axes.reshape(2, -1).T, strict=True)):
+        _, _, masks = net.segments(out, tuple(picture.image.shape[1:]), number)
+        draw_graph(top, picture.image, picture.masks, none, nothing, f"scene {number}, true segments")
+        draw_graph(bottom, picture.image, masks, none, nothing, "found by the DETR")
+    return figure
+
+
 def draw(config: Config, run: Run, test: Any, units: list[tuple[str, int, str]]) -> Any:
     """A test image with its true graph and the graphs of up to three arms, and the recalls of all arms."""
     order = [u for u in units if u[1] == run.seeds[0] and u[0] != "overfit"] or units
@@ -1041,10 +1214,16 @@ def train(config: Config, run: Run) -> None:
     counts = size_of(config, train_split), size_of(config, test_split)
     done: list[tuple[str, int, str]] = []
     heads = [arm for arm in config.sgdet if arm in HEAD_NAMES]
-    if (config.predcls or heads or config.trunk == "detector") and config.dataset == "scenes":
-        for unit in run.units([("detector",)]):
-            train_detector(config, run, unit, train_split)
-        frozen = detector_of(run, train_split)
+    pretraining = [("detector",)] if config.detector_steps and config.start != "shipped" else []
+    pretraining += [("detr",)] if config.pretrain_steps else []
+    if pretraining:
+        scenes = Scenes(config.pretrain_scenes, 3)
+        for unit in run.units(pretraining):
+            (train_detector if unit.key == ("detector",) else train_detr)(config, run, unit, scenes, test_split)
+        if config.export and run.is_main:
+            export(config, run)
+    if (config.predcls or heads) and config.dataset == "scenes":
+        frozen = detector_of(config, run, train_split)
 
         def features(image: Tensor) -> Tensor:
             return frozen.features(normalised(image)[None])[0]
@@ -1087,7 +1266,7 @@ def train(config: Config, run: Run) -> None:
     done += keys
     if run.preset.claims:
         decide(config, run)
-    run.figure(draw(config, run, test_split, done))
+    run.figure(draw(config, run, test_split, done) if done else draw_segments(config, run, test_split))
 
 
 def psg_frequencies(split: PSG, count: int, classes: int, predicates: int) -> Tensor:

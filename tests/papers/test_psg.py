@@ -279,6 +279,88 @@ def test_psgtr_cost_by_hand():
     assert int(net.match(out, truth)[-1, 0, 0]) == int(np.argmin(cost))
 
 
+def released(net: model.DETR) -> dict[str, Tensor]:
+    """The state of a DETR under the names of facebookresearch/detr's panoptic checkpoint."""
+    out: dict[str, Tensor] = {}
+    names = {**{new: old for old, new in model.RELEASED_NAMES.items()}}
+    state = net.state_dict()
+    for name, value in state.items():
+        new = next(prefix for prefix in sorted(names, key=len, reverse=True) if name.startswith(prefix))
+        rest = name[len(new) :]
+        if new in ("encoder.", "object_decoder.layers."):
+            layer, _, rest = rest.partition(".")
+            kind, _, leaf = rest.partition(".")
+            if kind in ("attention", "itself", "cross"):
+                joint = "multihead_attn" if kind == "cross" else "self_attn"
+                stem = f"{names[new]}{layer}.{joint}."
+                part, _, leaf = leaf.partition(".")
+                if part == "out":
+                    out[f"{stem}out_proj.{leaf}"] = value
+                elif part == "q":
+                    whole = [state[name.replace(f"{kind}.q.", f"{kind}.{p}.")] for p in "qkv"]
+                    out[f"{stem}in_proj_{leaf}"] = torch.cat(whole)
+                continue
+            index, _, leaf = leaf.partition(".")
+            kind = f"norm{int(index) + 1}" if kind == "norms" else {"0": "linear1", "3": "linear2"}[index]
+            rest = f"{layer}.{kind}.{leaf}"
+        out[names[new] + rest] = value
+    return out
+
+
+def test_released_detr_is_read_whole():
+    torch.manual_seed(2)
+    net = model.DETR(model.ResNetTrunk(50), d=32, hidden=48, encoder=2, decoder=2, queries=5)
+    state = released(net)
+    assert "detr.transformer.decoder.layers.1.multihead_attn.in_proj_weight" in state
+    assert "detr.backbone.0.body.layer4.2.bn3.running_var" in state and "mask_head.gn5.weight" in state
+    assert state["detr.transformer.encoder.layers.0.self_attn.in_proj_weight"].shape == (96, 32)
+    read = model.from_released_detr({**state, "unknown.weight": torch.zeros(1)})
+    assert set(read) == set(net.state_dict())
+    assert all(torch.equal(value, read[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("cls", [PSGTR, PSGFormer])
+def test_both_networks_begin_with_a_detr(cls):
+    torch.manual_seed(3)
+    detr, net = tiny(model.DETR).eval(), tiny(cls).eval()
+    anew = model.begin_with_detr(net, detr.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        a, b = detr(image), net(image)
+    query = torch.arange(6)
+    if cls is PSGTR:  # every triplet query is an object query that says the same of subject and object
+        assert anew == ["rel_cls.weight", "rel_cls.bias"]
+        for part in ("sub", "obj"):
+            torch.testing.assert_close(b[f"{part}_cls"], a["cls"])
+            torch.testing.assert_close(b[f"{part}_box"], a["box"])
+        masks = net.triplet_masks(b, torch.zeros_like(query), query)
+    else:
+        assert all(net.is_slow(name) is False for name in anew) and len(anew) > 20
+        torch.testing.assert_close(b["cls"], a["cls"])
+        masks = [net.object_masks(b, torch.zeros_like(query), query)]
+    for mask in masks:
+        torch.testing.assert_close(mask, detr.object_masks(a, torch.zeros_like(query), query))
+    other = tiny(cls, classes=7)
+    assert {"sub_cls.weight", "cls.weight"} & set(model.begin_with_detr(other, detr.state_dict()))
+
+
+def test_shipped_weights_find_segments(train: ModuleType):
+    """What the default begins with is there and was trained for other scenes than these."""
+    config, split = train.PRESETS["default"].config, data.Scenes(40, 9)
+    run = SimpleNamespace()
+    detr = train.make_net(config, "detr", 10, 4).eval()
+    detr.load_state_dict(train.pretrained(config, run, "detr"))
+    pictures = [split[i] for i in range(40)]
+    images = train.collate(pictures)[0]
+    with torch.no_grad():
+        out = detr(images)
+    found = [detr.segments(out, (64, 64), i)[::2] for i in range(40)]
+    assert train.found_segments(split, lambda part: found[int(part[0].name.split()[1]) :][: len(part)]) > 0.6
+    frozen = train.detector_of(config, run, split).detect(images)
+    segments = [(each.labels, each.masks) for each in frozen]
+    assert train.found_segments(split, lambda part: segments[int(part[0].name.split()[1]) :][: len(part)]) > 0.6
+
+
 @pytest.mark.parametrize("cls", [PSGTR, PSGFormer])
 def test_no_relation_leaves_finite_background_terms(cls):
     net, truth = tiny(cls), targets(1)
@@ -419,7 +501,11 @@ def test_phrase_recall_compares_unions():
 def test_torchmetrics_agrees_on_mask_iou():
     a, b = torch.rand(3, 9, 7) > 0.5, torch.rand(4, 9, 7) > 0.5
     slow = [[float((x & y).sum() / (x | y).sum()) for y in b] for x in a]
-    torch.testing.assert_close(metrics.mask_iou(a, b), torch.tensor(slow))
+    row, column = (
+        part.reshape(len(a), len(b))
+        for part in torch.meshgrid(torch.arange(len(a)), torch.arange(len(b)), indexing="ij")
+    )
+    torch.testing.assert_close(metrics.pair_iou(a, b, row, column).float(), torch.tensor(slow))
     torch.testing.assert_close(model.mask_iou(a, b), torch.tensor(slow))
 
 
@@ -722,20 +808,11 @@ def test_weights_that_are_not_there(refuses: Any):
 def test_psgtr_trains_on_psg_files(tmp_path: Path, run_paper: Any):
     psg_file(tmp_path / "data")
     words = ["--preset", "psgtr-r50", "--data", tmp_path / "data", "--out", tmp_path / "run", "--epochs", "1"]
-    words += [
-        "--backbone",
-        "tiny",
-        "--d",
-        "16",
-        "--hidden",
-        "16",
-        "--layers",
-        "1",
-        "--queries",
-        "8",
-        "--stop-after",
-        "1",
-    ]
+    words += ["--d", "16", "--hidden", "16", "--layers", "1", "--queries", "8", "--stop-after", "1"]
+    with torch.random.fork_rng():
+        start = PSGTR(model.ResNetTrunk(50), d=16, hidden=16, encoder=1, decoder=1, queries=8).state_dict()
+    torch.save({name: value for name, value in start.items() if "norm" not in name}, tmp_path / "data" / "net.pt")
+    words += ["--weights", "net.pt"]
     result = run_paper("psg", words)
     assert result.code == 0, result.err
 
@@ -806,12 +883,15 @@ def test_scenes_are_what_their_relations_say(scenes: data.Scenes):
                 assert o == 1 and boxes[s, 3] <= horizon
             if name in ("beside", "touching"):
                 assert min(s, o) >= 2
+            if name == "touching":  # no word of left and right, so that a mirrored scene has the same relations
+                assert p.masks[s].sum() >= p.masks[o].sum()
     assert seen == set(scenes.predicates)
 
 
-def test_flipping_changes_no_relation_but_touching(scenes: data.Scenes):
+def test_flipping_and_leaving_out_segments(scenes: data.Scenes):
     p = data.flip(scenes[0])
     torch.testing.assert_close(p.masks.flip(2), scenes[0].masks)
+    assert torch.equal(p.relations, scenes[0].relations)
     few = data.without_segments(scenes[0], torch.arange(len(p.labels)) != 0)
     assert len(few.labels) == len(p.labels) - 1 and len(few.relations) == (p.relations[:, :2] > 0).all(1).sum()
 
