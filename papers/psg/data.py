@@ -254,6 +254,10 @@ class PSG:
             raise UserError(f"{paths[0]} is {tuple(image.shape[1:])}, expected {size} as its annotation states")
         return Picture(str(record["image_id"]), image, labels, masks, relations)
 
+    def coco_id(self, index: int) -> int:
+        """COCO's number of an image."""
+        return int(self.records[index].get("coco_image_id") or Path(self.records[index]["file_name"]).stem)
+
 
 # ---- COCO panoptic images, relations by rule -------------------------------------------------------------------------
 
@@ -398,6 +402,10 @@ class CocoPanoptic:
         relations = rule_relations(masks, self.thing[labels])
         return Picture(info["file_name"], image, labels, masks, relations)
 
+    def coco_id(self, index: int) -> int:
+        """COCO's number of an image."""
+        return int(self.rows[index][0]["id"])
+
 
 # ---- generated scenes ------------------------------------------------------------------------------------------------
 
@@ -514,6 +522,87 @@ class Scenes:
         )
 
 
+# ---- segments that a model found -------------------------------------------------------------------------------------
+
+_NO_THING = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_STUFF = (92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151)
+_STUFF += (154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181)
+COCO_IDS = (*(i for i in range(1, 91) if i not in _NO_THING), *_STUFF, *range(184, 201))
+"""COCO's numbers of the 133 panoptic categories, in their order, which is PSG's."""
+
+
+@dataclass
+class Segments:
+    """What is detected in an image.
+
+    Attributes:
+        labels: (N,) classes from 0. scores: (N,) mean probability. masks: (N, H, W) bool, disjoint.
+    """
+
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor
+
+
+class PanopticResults:
+    """A panoptic model's results in COCO's format, for graphs of what was detected (SGDet).
+
+    A json whose ``annotations`` have ``image_id``, ``file_name`` and ``segments_info`` (``id``, ``category_id`` of COCO
+    and, where the model gives one, ``score``), and the PNGs in the folder that has the json's name without its ending.
+
+    Args:
+        path: of the json.
+
+    Raises:
+        UserError: missing or malformed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        table, self.path = read_json_file(path), path
+        index = {number: i for i, number in enumerate(COCO_IDS)}
+        self.rows: dict[int, tuple[str, list[tuple[int, int, float]]]] = {}
+        try:
+            for row in table["annotations"]:
+                parts = [
+                    (int(part["id"]), index[part["category_id"]], float(part.get("score", 1.0)))
+                    for part in row["segments_info"]
+                ]
+                self.rows[int(row["image_id"])] = (row["file_name"], parts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no json of COCO panoptic results ({error!r})") from error
+
+    def find(self, image_id: int, size: tuple[int, int]) -> Segments:
+        """Segments of the image with this COCO number, (H, W) large.
+
+        Raises:
+            UserError: no results for it, or a PNG that does not fit.
+        """
+        if image_id not in self.rows:
+            raise UserError(f"{self.path} has no results for image {image_id}, expected one row for every image")
+        name, parts = self.rows[image_id]
+        where = self.path.with_suffix("") / name
+        masks = decode_panoptic(where, str(where), size, [number for number, _, _ in parts])
+        labels = torch.tensor([label for _, label, _ in parts], dtype=torch.long)
+        return Segments(labels, torch.tensor([score for _, _, score in parts]), masks)
+
+
+def match_segments(found: Segments, picture: Picture) -> tuple[Tensor, Tensor]:
+    """What found segments are in truth: of the true one of their class with the best box IoU above one half.
+
+    Returns:
+        (M,) classes from 1, 0 for those without a true one; (R, 3) relations among found segments, one for every pair
+        of segments that has the ends of a true relation.
+    """
+    from torchvision.ops import box_iou
+
+    iou = box_iou(mask_boxes(found.masks), mask_boxes(picture.masks)) * (found.labels[:, None] == picture.labels)
+    best, owner = iou.max(1) if len(picture.labels) else (torch.zeros(len(found.labels)), torch.zeros(0).long())
+    owner = torch.where(best > 0.5, owner, -1)
+    ends = [owner[:, None] == picture.relations[:, end] for end in (0, 1)]
+    a, b, r = (ends[0][:, None] & ends[1][None]).nonzero(as_tuple=True)
+    return torch.where(owner >= 0, found.labels + 1, 0), torch.stack([a, b, picture.relations[r, 2]], 1)
+
+
 # ---- preparation -----------------------------------------------------------------------------------------------------
 
 
@@ -523,10 +612,15 @@ def normalised(image: Tensor) -> Tensor:
     return (image.float() / 255 - mean) / std
 
 
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, h, w) bool -> (N, *size), by nearest neighbour."""
+    return F.interpolate(masks[None].float(), size, mode="nearest")[0] > 0.5
+
+
 def resize_to(picture: Picture, size: tuple[int, int]) -> Picture:
     """Resized to (H, W); masks by nearest neighbour."""
     image = F.interpolate(picture.image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
-    masks = F.interpolate(picture.masks[None].float(), size, mode="nearest")[0] > 0.5
+    masks = resize_masks(picture.masks, size)
     return Picture(picture.name, image[0].round().clamp(0, 255).byte(), picture.labels, masks, picture.relations)
 
 

@@ -675,12 +675,31 @@ class DETR(OneStage):
         return self.masks(self.attention, self.mask, out["last"][image, query], image, out["seen"])
 
     @torch.no_grad()
-    def segments(self, out: dict[str, Any], size: tuple[int, int], number: int, threshold: float = 0.5) -> Any:
-        """Classes (M,), scores (M,) and masks (M, *size) of one image's queries that are not background."""
-        score, label = out["cls"][-1, number].softmax(-1).max(-1)
-        query = (label != self.classes).nonzero().squeeze(1)
-        logits = self.object_masks(out, torch.full_like(query, number), query)
-        return label[query], score[query], resized(logits, size).sigmoid() > threshold
+    def panoptic(
+        self, out: dict[str, Any], size: tuple[int, int], number: int, score: float = 0.6, overlap: float = 0.5
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Disjoint segments of one image, for two-stage methods on a DETR.
+
+        A pixel belongs to the query that is surest of it; a segment that keeps less than ``overlap`` of its mask to
+        itself is dropped.
+
+        Args:
+            out: of ``forward``. size: (H, W). number: of the image. score: least probability of a class.
+
+        Returns:
+            (M,) classes, (M,) scores, (M, H, W) masks.
+        """
+        sure, label = out["cls"][-1, number].softmax(-1).max(-1)
+        query = ((label != self.classes) & (sure >= score)).nonzero().squeeze(1)
+        sure, label = sure[query], label[query]
+        if not len(query):
+            return label, sure, torch.zeros((0, *size), dtype=torch.bool, device=label.device)
+        p = resized(self.object_masks(out, torch.full_like(query, number), query), size).sigmoid()
+        best = (p * sure[:, None, None]).argmax(0)
+        whole = p >= 0.5
+        own = whole & (best == torch.arange(len(query), device=best.device)[:, None, None])
+        keep = own.sum((1, 2)) >= (overlap * whole.sum((1, 2))).clamp(min=1)
+        return label[keep], sure[keep], own[keep]
 
     def match_objects(self, out: dict[str, Any], targets: Targets) -> Tensor:
         """(L, B, N) object query of each segment, -1 for padding."""

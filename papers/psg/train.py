@@ -40,13 +40,13 @@ class Config:
     """Trunk of the one-stage nets."""
     start: Literal["random", "shipped", "own"] = "random"
     """Where the one-stage nets begin: random (or --weights), or, as the paper begins with a DETR of panoptic COCO, with
-    a DETR of other generated scenes, in weights/ or of this run. The frozen detector of scenes comes from there too."""
+    a DETR of other generated scenes, in weights/ or of this run. On scenes it is the two-stage methods' detector."""
     pretrain_steps: int = 0
     """Steps of that DETR (--start own)."""
     pretrain_scenes: int = 4000
-    """Scenes that it and the detector learn from (their segments, not their relations)."""
+    """Scenes that it learns from (their segments, not their relations)."""
     export: str = ""
-    """Folder to write both to (safetensors); relative to this folder."""
+    """File to write it to (safetensors); relative to this folder."""
     d: int = 256
     """Width of the one-stage nets."""
     mask_width: int = 0
@@ -77,12 +77,8 @@ class Config:
     """Probability from which a pixel belongs to a one-stage mask."""
     overfit_scenes: int = 8
     """Scenes that are to be learned by heart."""
-    overfit_steps: int = 600
+    overfit_steps: int = 300
     """Steps of that."""
-    overfit_lr: float = 0.0
-    """Learning rate of that; 0: as otherwise."""
-    overfit_clip: float = 0.0
-    """Largest norm of the gradient there; 0: as otherwise."""
     overfit_batch: int = 4
     """Images a step of that."""
     head_epochs: int = 12
@@ -113,6 +109,8 @@ class Config:
     """Most pairs of an image that are trained on."""
     frequency_bias: bool = False
     """Add log-frequencies of class pairs to the heads' logits."""
+    predictions: str = ""
+    """Json of COCO panoptic results below --data, PNGs in the folder of its name: what two-stage --sgdet detects."""
     tail_rect_bug: bool = False
     """Compare the object's box map as the released code does, with exchanged indices."""
     unsampled: float = 0.5
@@ -128,8 +126,8 @@ class Config:
     """Generated scenes to train on."""
     test_scenes: int = 200
     """Generated scenes to test on."""
-    detector_steps: int = 0
-    """Steps of the frozen detector of generated scenes (not with --start shipped)."""
+    side: int = 800
+    """Shorter side of PSG's images, tested on (one-stage) or trained and tested on (two-stage)."""
     limit: int = 0
     """Most images of each split; 0: all."""
     workers: int = 0
@@ -140,17 +138,14 @@ class Config:
             options.at_least(name, getattr(self, name), 1)
         for name in ("head_features", "head_hidden", "pooling", "words", "pairs", "train_scenes", "test_scenes"):
             options.at_least(name, getattr(self, name), 1)
-        for name in ("overfit_steps", "overfit_batch", "pretrain_scenes"):
+        for name in ("overfit_steps", "overfit_batch", "pretrain_scenes", "side"):
             options.at_least(name, getattr(self, name), 1)
         for name in (
-            "overfit_lr",
-            "overfit_clip",
             "sgdet_seeds",
             "weight_decay",
             "unsampled",
             "limit",
             "workers",
-            "detector_steps",
             "pretrain_steps",
         ):
             options.at_least(name, getattr(self, name), 0)
@@ -180,13 +175,17 @@ class Config:
             raise ValueError(f"--start {self.start} is a network of generated scenes, expected --dataset scenes")
         if (self.start == "own") != (self.pretrain_steps > 0):
             raise ValueError("--start own and --pretrain-steps above 0 belong together")
-        if self.export and (self.start != "own" or not self.detector_steps):
-            raise ValueError("--export needs --start own and --detector-steps above 0")
+        if self.export and self.start != "own":
+            raise ValueError("--export needs --start own")
         detects = self.dataset == "scenes" and (self.predcls or set(self.sgdet) & set(HEAD_NAMES))
-        if detects and self.start != "shipped" and not self.detector_steps:
-            raise ValueError("two-stage heads on scenes need --start shipped, or --detector-steps above 0")
-        if self.dataset != "scenes" and (self.overfit or set(self.sgdet) & set(HEAD_NAMES)):
-            raise ValueError(f"--dataset {self.dataset}: --overfit and two-stage --sgdet need the detector of scenes")
+        if detects and self.start == "random":
+            raise ValueError("two-stage heads on scenes need --start shipped or own: a DETR is their detector")
+        if self.dataset != "scenes" and self.overfit:
+            raise ValueError(f"--dataset {self.dataset}: --overfit is for generated scenes")
+        if self.dataset != "scenes" and bool(set(self.sgdet) & set(HEAD_NAMES)) != bool(self.predictions):
+            raise ValueError(f"--dataset {self.dataset}: two-stage --sgdet and --predictions belong together")
+        if self.dataset == "scenes" and self.predictions:
+            raise ValueError("--predictions are of photographs; scenes have their own detector")
 
 
 SMALL = Config(
@@ -194,7 +193,7 @@ SMALL = Config(
     predcls=HEAD_NAMES,
     sgdet=("psgtr", "psgformer", "motifs"),
     overfit=("psgtr", "psgformer", "psgformer_blind"),
-    sgdet_seeds=1,
+    sgdet_seeds=2,
     ks=(10, 20, 50, 100),
     backbone="tiny",
     start="shipped",
@@ -204,14 +203,12 @@ SMALL = Config(
     layers=2,
     queries=16,
     dropout=0.0,
-    epochs=6.0,
+    epochs=3.0,
     batch=8,
     lr=1e-3,
     clip=1.0,
-    slow_lr=1.0,
-    overfit_steps=600,
-    overfit_lr=2e-3,
-    overfit_clip=0.1,
+    slow_lr=0.1,
+    overfit_steps=300,
     head_epochs=2,
     head_optimizer="adam",
     head_lr=2e-3,
@@ -257,7 +254,6 @@ PRESETS = {
             start="own",
             pretrain_steps=2,
             pretrain_scenes=16,
-            detector_steps=2,
             predcls=("imp", "vctree"),
         ),
         data="generated scenes",
@@ -273,22 +269,21 @@ PRESETS = {
             overfit=(),
             start="own",
             pretrain_steps=4000,
-            detector_steps=600,
-            export="weights",
+            export="weights/detr.safetensors",
         ),
         data="generated scenes",
         hours=0.3,
         claims=False,
         why_not_comparable="generated scenes, no relations",
-        note="writes weights/detr.safetensors and weights/detector.safetensors",
+        note="writes weights/detr.safetensors",
     ),
     "scenes-long": Preset(
-        replace(SMALL, epochs=30.0, overfit_steps=1500),
+        replace(SMALL, epochs=12.0, sgdet_seeds=3),
         seeds=3,
         data="generated scenes",
         hours=0.4,
         why_not_comparable="generated scenes, small networks",
-        note="four to five times the steps of the one-stage nets, one seed of them",
+        note="four times the steps of the one-stage nets",
     ),
     "coco-mini": Preset(
         PHOTOS,
@@ -307,12 +302,17 @@ for _name, _config, _hours, _note in (
     ("psgformer-r50", Config(sgdet=("psgformer",), lr=1e-3), 60, TESTED),
     ("psgformer-r50-12ep", Config(sgdet=("psgformer",), lr=1e-3, epochs=12.0, drop_at=8 / 12), 12, TESTED),
     ("psgformer-r101", Config(sgdet=("psgformer",), lr=1e-3, backbone="r101", drop_at=48 / 60), 75, TESTED),
+    (
+        "sgdet-r50",
+        Config(sgdet=HEAD_NAMES, predictions="panoptic.json", head_batch=8),
+        16,
+        "all four heads on --predictions of any panoptic detector; --weights as for predcls-r50",
+    ),
     ("predcls-r50", HEADS_OF_PAPER, 12, "all four heads; --weights of a Mask R-CNN with FPN in place of Panoptic FPN"),
 ):
     PRESETS[_name] = Preset(_config, 1, LAYOUT, "8 GPUs of 32 GB", _hours, needs_data=True, note=_note)
-PRESETS["predcls-r50"] = replace(
-    PRESETS["predcls-r50"], why_not_comparable="Mask R-CNN's pyramid in place of Panoptic FPN's"
-)
+for _name in ("predcls-r50", "sgdet-r50"):
+    PRESETS[_name] = replace(PRESETS[_name], why_not_comparable="Mask R-CNN's pyramid in place of Panoptic FPN's")
 
 if __name__ == "__main__":
     cli.precheck(Config, PRESETS)  # bad usage, --help and --list-presets are answered before torch is imported
@@ -332,19 +332,22 @@ from shared.sampling import EpochSampler  # noqa: E402
 from data import (  # noqa: E402
     PSG,
     CocoPanoptic,
+    PanopticResults,
     Picture,
     Scenes,
+    Segments,
     augment,
     check_coco,
     check_psg,
     flip,
     mask_boxes,
+    match_segments,
     normalised,
     one_predicate,
+    resize_masks,
     resize_to,
     short_side,
 )
-from detector import PixelDetector, pooled  # noqa: E402
 from metrics import Recall, Truth  # noqa: E402
 from model import (  # noqa: E402
     DETR,
@@ -367,6 +370,7 @@ from twostage import (  # noqa: E402
     all_pairs,
     frequency_table,
     head_loss,
+    pooled,
     rank_pairs,
     sample_pairs,
     word_vectors,
@@ -374,7 +378,6 @@ from twostage import (  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PRETRAIN_BATCH = 16
-DETECTOR_LR = 3e-3
 DETR_LR = 1e-3
 SHOWN = 6
 """Triplets of an image in the figure."""
@@ -518,15 +521,13 @@ def train_net(config: Config, run: Run, unit: Unit, splits: tuple[Any, Any]) -> 
             raise UserError(f"--weights {config.weights}: no tensor fits {name} by name and shape")
         run.print(f"--weights: {len(anew)} parameters begin at random, among them {', '.join(anew[:3]) or 'none'}")
     elif config.start != "random":
-        begin_with_detr(net, pretrained(config, run, "detr"))
+        begin_with_detr(net, pretrained(config, run))
     net = net.to(run.device).train()
     many = min(config.overfit_scenes, size_of(config, train)) if task == "overfit" else size_of(config, train)
     batch = min(config.overfit_batch if task == "overfit" else config.batch, many)
     sampler = EpochSampler(many, batch, run.derive_seed("order", seed), drop_last=True)
     total = config.overfit_steps if task == "overfit" else max(1, round(config.epochs * len(sampler)))
     lr, clip = config.lr, config.clip
-    if task == "overfit":
-        lr, clip = config.overfit_lr or lr, config.overfit_clip or clip
     groups = net.parameter_groups(lr, config.slow_lr)
     adam = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     model, optimizer = run.setup(WithLoss(net), adam)
@@ -581,7 +582,7 @@ def scaled(config: Config, picture: Picture) -> Picture:
     """A test picture at the size of evaluation, a multiple of 4 so that nothing is padded."""
     if config.dataset != "psg":
         return picture
-    high, wide = short_side(tuple(picture.image.shape[1:]), 800)
+    high, wide = short_side(tuple(picture.image.shape[1:]), config.side)
     return resize_to(picture, (-(-high // 4) * 4, -(-wide // 4) * 4))
 
 
@@ -649,34 +650,6 @@ class Record:
     masks: Tensor | None = None
 
 
-def train_detector(config: Config, run: Run, unit: Unit, scenes: Scenes, test: Scenes) -> None:
-    """Train the detector of generated scenes; its weights are kept."""
-    torch.manual_seed(run.derive_seed("detector"))
-    net = new_detector(scenes).to(run.device)
-    adam = torch.optim.Adam(net.parameters(), DETECTOR_LR)
-    unit.attach(model=net, optimizer=adam)
-    sampler = EpochSampler(len(scenes), min(PRETRAIN_BATCH, len(scenes)), run.derive_seed("detector order"))
-    labels = torch.zeros(len(scenes), *scenes.images.shape[-2:], dtype=torch.long)
-    for k in range(scenes._masks.shape[1]):
-        labels += scenes._masks[:, k] * scenes._labels[:, k, None, None]
-    for step in unit.steps(config.detector_steps):
-        index = sampler[step]
-        adam.param_groups[0]["lr"] = DETECTOR_LR * (0.1 if step >= 0.8 * config.detector_steps else 1.0)
-        adam.zero_grad()
-        loss = F.cross_entropy(net(normalised(scenes.images[index]).to(run.device)), labels[index].to(run.device))
-        run.backward(loss)
-        adam.step()
-        unit.log(loss=loss)
-    net.eval()
-
-    def find(pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
-        found = net.detect(normalised(torch.stack([p.image for p in pictures])).to(run.device))
-        return [(each.labels, each.masks) for each in found]
-
-    metrics = {"scenes/segments/detector": found_segments(test, find)}
-    unit.finish(metrics, {"scenes/detector/seconds": unit.seconds}, dict(net.state_dict()))
-
-
 def train_detr(config: Config, run: Run, unit: Unit, scenes: Scenes, test: Scenes) -> None:
     """Train the DETR that one-stage nets begin with on the segments of scenes; its weights are kept."""
     torch.manual_seed(run.derive_seed("detr"))
@@ -704,7 +677,7 @@ def train_detr(config: Config, run: Run, unit: Unit, scenes: Scenes, test: Scene
         images, _, _ = collate(pictures)
         with torch.no_grad():
             out = net(images.to(run.device))
-        found = [net.segments(out, tuple(p.image.shape[1:]), number) for number, p in enumerate(pictures)]
+        found = [net.panoptic(out, tuple(p.image.shape[1:]), number) for number, p in enumerate(pictures)]
         return [(labels.cpu(), masks.cpu()) for labels, _, masks in found]
 
     metrics = {"scenes/segments/detr": found_segments(test, find)}
@@ -722,15 +695,15 @@ def found_segments(split: Scenes, find: Callable[[list[Picture]], list[tuple[Ten
     return hit / max(total, 1)
 
 
-def pretrained(config: Config, run: Run, name: str) -> dict[str, Tensor]:
-    """Weights of the detector or the DETR of scenes, shipped or this run's.
+def pretrained(config: Config, run: Run) -> dict[str, Tensor]:
+    """Weights of the DETR of scenes, shipped or this run's.
 
     Raises:
         UserError: weights/ lacks them.
     """
     if config.start != "shipped":
-        return run.kept((name,))
-    path = HERE / "weights" / f"{name}.safetensors"
+        return run.kept(("detr",))
+    path = HERE / "weights" / "detr.safetensors"
     try:
         return {key: value.float() for key, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -738,33 +711,28 @@ def pretrained(config: Config, run: Run, name: str) -> dict[str, Tensor]:
 
 
 def export(config: Config, run: Run) -> None:
-    """Write the detector and the DETR, in half precision, with what they learned from in the files' metadata."""
-    folder = Path(config.export)
-    folder = folder if folder.is_absolute() else HERE / folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("detector", "detr"):
-        about = {
-            "paper": "psg",
-            "what": f"{name} of generated scenes",
-            "data": "scenes generated by data.py of this folder, other ones than those that are trained and tested on",
-            "licence": "MIT, as this repository",
-            "command": "uv run train.py --preset pretrain",
-        }
-        tensors = {key: value.half().contiguous() for key, value in run.kept((name,)).items()}
-        with replacing(folder / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata=about)
-        run.print(f"wrote {folder / name}.safetensors")
+    """Write the DETR in half precision, with what it learned from in the file's metadata."""
+    path = Path(config.export)
+    path = path if path.is_absolute() else HERE / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "paper": "psg",
+        "what": "DETR of generated scenes",
+        "data": "scenes generated by data.py of this folder, other ones than those that are trained and tested on",
+        "licence": "MIT, as this repository",
+        "command": "uv run train.py --preset pretrain",
+    }
+    tensors = {key: value.half().contiguous() for key, value in run.kept(("detr",)).items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=about)
+    path.chmod(0o644)
+    run.print(f"wrote {path}")
 
 
-def new_detector(scenes: Scenes) -> PixelDetector:
-    """The detector of scenes, untrained."""
-    return PixelDetector(TinyTrunk(16), len(scenes.classes), int(scenes.thing.sum()))
-
-
-def detector_of(config: Config, run: Run, scenes: Scenes) -> PixelDetector:
-    """The trained detector, frozen."""
-    net = new_detector(scenes)
-    net.load_state_dict(pretrained(config, run, "detector"))
+def detr_of(config: Config, run: Run, scenes: Scenes) -> DETR:
+    """The trained DETR, frozen."""
+    net = make_net(config, "detr", len(scenes.classes), len(scenes.predicates))
+    net.load_state_dict(pretrained(config, run))
     return net.eval().requires_grad_(False)
 
 
@@ -804,25 +772,18 @@ def true_records(split: Any, count: int, features: Callable[[Tensor], Tensor]) -
     return records
 
 
-def detected_records(split: Scenes, count: int, net: PixelDetector) -> list[Record]:
-    """Images with detected masks (SGDet); a segment takes the truth of the one of its class with box IoU above 0.5."""
-    from torchvision.ops import box_iou
-
+def detected_records(
+    split: Any, count: int, features: Callable[[Tensor], Tensor], detect: Callable[[int, Picture], Segments]
+) -> list[Record]:
+    """Images with detected masks (SGDet), pooled from the features of an image."""
     records = []
     for i in range(count):
         p = split[i]
-        (found,) = net.detect(normalised(p.image)[None])
-        boxes, labels = mask_boxes(found.masks), found.labels + 1
-        iou = box_iou(boxes, mask_boxes(p.masks)) * (found.labels[:, None] == p.labels)
-        best, owner = iou.max(1)
-        owner = torch.where(best > 0.5, owner, -1)
-        truth = torch.where(owner >= 0, labels, 0)
-        sub, obj = (owner[:, None] == p.relations[:, end] for end in (0, 1))  # segments of each relation's ends
-        a, b, r = (sub[:, None] & obj[None]).nonzero(as_tuple=True)
-        relations = torch.stack([a, b, p.relations[r, 2]], 1)
-        x = pooled(net.features(normalised(p.image)[None])[0], found.masks)
+        found = detect(i, p)
+        truth, relations = match_segments(found, p)
         size = torch.tensor(p.image.shape[1:]).float()
-        records.append(Record(x, labels, boxes, size, relations, truth, found.scores, found.masks))
+        x, boxes = pooled(features(p.image), found.masks), mask_boxes(found.masks)
+        records.append(Record(x, found.labels + 1, boxes, size, relations, truth, found.scores, found.masks))
     return records
 
 
@@ -933,11 +894,21 @@ class FromRecords:
         """Test images."""
         return batch_of([self.test[i] for i in index])[0], None
 
+    def masks(self, i: int, picture: Picture) -> Tensor:
+        """The masks that test image ``i`` is measured by."""
+        found = self.test[i].masks
+        return picture.masks if found is None else found
+
 
 class FromPyramid:
-    """Batches of pictures through a frozen ResNet with feature pyramid, for RoIAlign."""
+    """Batches of pictures through a frozen ResNet with feature pyramid, for RoIAlign.
 
-    def __init__(self, config: Config, run: Run, splits: tuple[Any, Any]) -> None:
+    ``results``: segments that were found (SGDet), ``None`` for the true ones (PredCls).
+    """
+
+    def __init__(
+        self, config: Config, run: Run, splits: tuple[Any, Any], results: PanopticResults | None = None
+    ) -> None:
         from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
         depth = "resnet50" if config.backbone != "r101" else "resnet101"
@@ -950,22 +921,27 @@ class FromPyramid:
         else:
             run.print("warning: no --weights: the frozen features are random")
         self.net = self.net.to(run.device).eval().requires_grad_(False)
-        self.config, self.run, self.splits = config, run, splits
+        self.config, self.run, self.splits, self.results = config, run, splits, results
 
     def make_features(self, config: Config) -> nn.Module:
         """RoIAlign and its two layers."""
         return RegionFeatures(256, config.head_features, config.tail_rect_bug)
 
-    def pyramid(self, pictures: Sequence[Picture]) -> tuple[Objects, Tensor, Tensor, Any]:
+    def found(self, side: int, i: int, picture: Picture) -> Segments:
+        """Segments of image ``i`` of split ``side``, of the picture's size."""
+        if self.results is None:
+            return Segments(picture.labels, torch.ones(len(picture.labels)), picture.masks)
+        return self.results.find(self.splits[side].coco_id(i), tuple(picture.image.shape[1:]))
+
+    def pyramid(self, pictures: Sequence[tuple[Picture, Segments]]) -> tuple[Objects, Tensor, Tensor, Any]:
         """Frozen maps of pictures, and their segments as objects."""
-        images, _, _ = collate(pictures)
+        images, _, _ = collate([p for p, _ in pictures])
         records = []
-        for p in pictures:
-            labels, size = p.labels + 1, torch.tensor(p.image.shape[1:]).float()
-            none = torch.zeros(len(labels), 0)
-            records.append(
-                Record(none, labels, mask_boxes(p.masks), size, p.relations, labels, torch.ones(len(labels)))
-            )
+        for p, found in pictures:
+            size, none = torch.tensor(p.image.shape[1:]).float(), torch.zeros(len(found.labels), 0)
+            truth, relations = (p.labels + 1, p.relations) if self.results is None else match_segments(found, p)
+            boxes = mask_boxes(found.masks)
+            records.append(Record(none, found.labels + 1, boxes, size, relations, truth, found.scores))
         with torch.no_grad():
             maps = self.net(images.to(self.run.device))
         maps.pop("pool", None)
@@ -974,19 +950,30 @@ class FromPyramid:
     def batch(self, index: Sequence[int], run: Run, key: Sequence[Any]) -> tuple[Objects, Tensor, Tensor, Any]:
         """Training images, resized and flipped at random."""
 
-        def prepare(p: Picture, i: int) -> Picture:
-            g = run.generator("flip", *key, i)
-            p = flip(p) if int(torch.randint(2, (1,), generator=g)) else p
-            p = resize_to(p, short_side(tuple(p.image.shape[1:]), 800))
-            return replace(p, relations=one_predicate(p.relations, g))
+        def prepare(p: Picture, i: int) -> tuple[Picture, Segments]:
+            g, found = run.generator("flip", *key, i), self.found(0, i, p)
+            if int(torch.randint(2, (1,), generator=g)):
+                p, found = flip(p), replace(found, masks=found.masks.flip(2))
+            p, found = self.resized(p, found)
+            return replace(p, relations=one_predicate(p.relations, g)), found
 
         return self.pyramid(load(self.splits[0], index, self.config.workers, prepare))
+
+    def resized(self, p: Picture, found: Segments) -> tuple[Picture, Segments]:
+        """Both at the size of training and testing."""
+        size = short_side(tuple(p.image.shape[1:]), self.config.side)
+        return resize_to(p, size), replace(found, masks=resize_masks(found.masks, size))
 
     def test_batch(self, index: Sequence[int]) -> tuple[Objects, Any]:
         """Test images, resized."""
         pictures = [self.splits[1][i] for i in index]
-        o, _, _, maps = self.pyramid([resize_to(p, short_side(tuple(p.image.shape[1:]), 800)) for p in pictures])
+        parts = [self.resized(p, self.found(1, i, p)) for i, p in zip(index, pictures, strict=True)]
+        o, _, _, maps = self.pyramid(parts)
         return o, maps
+
+    def masks(self, i: int, picture: Picture) -> Tensor:
+        """The masks that test image ``i`` is measured by."""
+        return self.found(1, i, picture).masks
 
 
 def onto(o: Objects, device: torch.device) -> Objects:
@@ -1062,15 +1049,13 @@ def measure_heads(
         for number, picture in enumerate(part):
             pairs, predicate, score = rank_pairs(relations, o, o.labels, number, max(config.ks))
             first = int((o.image < number).sum())
-            detected = source.test[index[number]].masks if hasattr(source, "test") else None
-            masks = picture.masks if detected is None else detected
+            masks = source.masks(index[number], picture)
             subject, object_ = (o.labels[pairs] - 1).unbind(1)
             out.append(Triplets(subject, predicate, object_, score, masks, pairs - first))
         return out
 
-    return measure(
-        config, test, range(size_of(config, test)), find, 20 if hasattr(source, "test") else 1, len(test.predicates)
-    )
+    batch = 20 if isinstance(source, FromRecords) else 1
+    return measure(config, test, range(size_of(config, test)), find, batch, len(test.predicates))
 
 
 def frequencies(config: Config, records: list[Record], classes: int, predicates: int) -> Tensor:
@@ -1160,15 +1145,14 @@ def draw_graph(ax: Any, image: Tensor, masks: Tensor, pairs: Tensor, words: list
 
 def draw_segments(config: Config, run: Run, test: Scenes) -> Any:
     """Test scenes, and the segments that the DETR of this run finds."""
-    net = make_net(config, "detr", len(test.classes), len(test.predicates)).eval()
-    net.load_state_dict(pretrained(config, run, "detr"))
+    net = detr_of(config, run, test)
     pictures = [test[i] for i in range(min(4, len(test)))]
     with torch.no_grad():
         out = net(normalised(torch.stack([p.image for p in pictures])))
     figure, axes = report.figure(2, len(pictures), width=2.6, height=2.8)
     none, nothing = torch.zeros(0, 2, dtype=torch.long), []
     for number, (picture, (top, bottom)) in enumerate(zip(pictures, axes.reshape(2, -1).T, strict=True)):
-        _, _, masks = net.segments(out, tuple(picture.image.shape[1:]), number)
+        _, _, masks = net.panoptic(out, tuple(picture.image.shape[1:]), number)
         draw_graph(top, picture.image, picture.masks, none, nothing, f"scene {number}, true segments")
         draw_graph(bottom, picture.image, masks, none, nothing, "found by the DETR")
     return figure
@@ -1214,20 +1198,19 @@ def train(config: Config, run: Run) -> None:
     counts = size_of(config, train_split), size_of(config, test_split)
     done: list[tuple[str, int, str]] = []
     heads = [arm for arm in config.sgdet if arm in HEAD_NAMES]
-    pretraining = [("detector",)] if config.detector_steps and config.start != "shipped" else []
-    pretraining += [("detr",)] if config.pretrain_steps else []
-    if pretraining:
-        scenes = Scenes(config.pretrain_scenes, 3)
-        for unit in run.units(pretraining):
-            (train_detector if unit.key == ("detector",) else train_detr)(config, run, unit, scenes, test_split)
+    if config.pretrain_steps:
+        for unit in run.units([("detr",)]):
+            train_detr(config, run, unit, Scenes(config.pretrain_scenes, 3), test_split)
         if config.export and run.is_main:
             export(config, run)
     if (config.predcls or heads) and config.dataset == "scenes":
-        frozen = detector_of(config, run, train_split)
+        frozen = detr_of(config, run, train_split)
 
         def features(image: Tensor) -> Tensor:
-            return frozen.features(normalised(image)[None])[0]
-    elif config.predcls and config.dataset == "coco":
+            with torch.no_grad():
+                first, *_, last = frozen.trunk(normalised(image)[None])
+            return torch.cat([first, F.interpolate(last, first.shape[-2:])], 1)[0]
+    elif (config.predcls or heads) and config.dataset == "coco":
         features = photo_features()
     classes, predicates = len(train_split.classes), len(train_split.predicates)
     if config.predcls:
@@ -1255,9 +1238,7 @@ def train(config: Config, run: Run) -> None:
     done += [("overfit", run.seeds[0], arm) for arm in config.overfit]
     keys = [("sgdet", seed, arm) for seed in run.seeds[: config.sgdet_seeds or None] for arm in config.sgdet]
     if heads:
-        found = [detected_records(split, n, frozen) for split, n in zip(splits, counts, strict=True)]
-        detected = FromRecords(*found)
-        prior = frequencies(config, found[0], classes, predicates)
+        detected, prior = detections(config, run, splits, counts, features if config.dataset != "psg" else None)
     for unit in run.units(keys):
         if unit.key[2] in NET_NAMES:
             train_net(config, run, unit, splits)
@@ -1267,6 +1248,34 @@ def train(config: Config, run: Run) -> None:
     if run.preset.claims:
         decide(config, run)
     run.figure(draw(config, run, test_split, done) if done else draw_segments(config, run, test_split))
+
+
+def detections(
+    config: Config, run: Run, splits: tuple[Any, Any], counts: tuple[int, int], features: Any
+) -> tuple[Any, Tensor]:
+    """Detected segments of both splits as a source of batches, and log-frequencies."""
+    train, classes, predicates = splits[0], len(splits[0].classes), len(splits[0].predicates)
+    if config.dataset == "scenes":
+        frozen = detr_of(config, run, train)
+
+        def detect(split: Any) -> Callable[[int, Picture], Segments]:
+            def find(_: int, picture: Picture) -> Segments:
+                with torch.no_grad():
+                    out = frozen(normalised(picture.image)[None])
+                return Segments(*frozen.panoptic(out, tuple(picture.image.shape[1:]), 0))
+
+            return find
+    else:
+        results = PanopticResults(run.data / config.predictions)
+        if config.dataset == "psg":
+            source = FromPyramid(config, run, splits, results)
+            return source, psg_frequencies(train, counts[0], classes, predicates)
+
+        def detect(split: Any) -> Callable[[int, Picture], Segments]:
+            return lambda i, picture: results.find(split.coco_id(i), tuple(picture.image.shape[1:]))
+
+    found = [detected_records(split, n, features, detect(split)) for split, n in zip(splits, counts, strict=True)]
+    return FromRecords(*found), frequencies(config, found[0], classes, predicates)
 
 
 def psg_frequencies(split: PSG, count: int, classes: int, predicates: int) -> Tensor:

@@ -137,6 +137,12 @@ class RegionFeatures(nn.Module):
         return self.objects(pool(o.boxes, o.image)), self.unions(union)
 
 
+def pooled(features: Tensor, masks: Tensor) -> Tensor:
+    """Mean features of masks: (F, h, w), (N, H, W) bool -> (N, F); masks are brought to the features' size."""
+    small = F.interpolate(masks[None].float(), features.shape[-2:], mode="area")[0].flatten(1)
+    return small @ features.flatten(1).T / small.sum(1, keepdim=True).clamp(min=1e-6)
+
+
 class PooledFeatures(nn.Module):
     """Frozen features averaged over masks, projected; a pair has the mean of its two and pooled box maps (ours)."""
 

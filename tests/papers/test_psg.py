@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
-from papers.psg import data, detector, metrics, model, twostage
+from papers.psg import data, metrics, model, twostage
 from papers.psg.model import PSGTR, PSGFormer, Targets, TinyTrunk, Triplets
 from papers.psg.twostage import Layout, Objects
 from shared.errors import UserError
@@ -345,20 +345,28 @@ def test_both_networks_begin_with_a_detr(cls):
 
 
 def test_shipped_weights_find_segments(train: ModuleType):
-    """What the default begins with is there and was trained for other scenes than these."""
+    """What the default begins with is there and was trained on other scenes than these."""
     config, split = train.PRESETS["default"].config, data.Scenes(40, 9)
-    run = SimpleNamespace()
-    detr = train.make_net(config, "detr", 10, 4).eval()
-    detr.load_state_dict(train.pretrained(config, run, "detr"))
-    pictures = [split[i] for i in range(40)]
-    images = train.collate(pictures)[0]
+    net = train.detr_of(config, SimpleNamespace(), split)
     with torch.no_grad():
-        out = detr(images)
-    found = [detr.segments(out, (64, 64), i)[::2] for i in range(40)]
-    assert train.found_segments(split, lambda part: found[int(part[0].name.split()[1]) :][: len(part)]) > 0.6
-    frozen = train.detector_of(config, run, split).detect(images)
-    segments = [(each.labels, each.masks) for each in frozen]
-    assert train.found_segments(split, lambda part: segments[int(part[0].name.split()[1]) :][: len(part)]) > 0.6
+        out = net(train.collate([split[i] for i in range(40)])[0])
+    found = [net.panoptic(out, (64, 64), i)[::2] for i in range(40)]
+    assert all(masks.sum(0).max() <= 1 for _, masks in found)
+    assert train.found_segments(split, lambda part: found[int(part[0].name.split()[1]) :][: len(part)]) > 0.85
+
+
+def test_panoptic_segments_by_hand(monkeypatch):
+    net = tiny(model.DETR, classes=2, queries=3)
+    sure = torch.full((1, 1, 3, 3), -9.0)
+    sure[..., 0, 0], sure[..., 1, 1], sure[..., 2, 2] = 9.0, 3.0, 9.0  # the last one is background
+    logits = torch.full((2, 2, 4), -5.0)
+    logits[0, :, :3], logits[1, :, 1:] = 5.0, 5.0
+    monkeypatch.setattr(net, "object_masks", lambda out, image, query: logits[query])
+    labels, scores, masks = net.panoptic({"cls": sure}, (2, 4), 0)
+    assert labels.tolist() == [0] and masks[0, 0].tolist() == [True, True, True, False]  # the other keeps a third
+    labels, _, masks = net.panoptic({"cls": sure}, (2, 4), 0, overlap=0.3)
+    assert labels.tolist() == [0, 1] and masks[1, 1].tolist() == [False, False, False, True]
+    assert len(net.panoptic({"cls": sure}, (2, 4), 0, score=1.1)[0]) == 0 and scores[0] > 0.99
 
 
 @pytest.mark.parametrize("cls", [PSGTR, PSGFormer])
@@ -802,13 +810,13 @@ def test_bad_usage(refuses: Any):
 
 def test_weights_that_are_not_there(refuses: Any):
     words = ["--preset", "smoke", "--weights", "nowhere.pt", "--sgdet", "psgtr", "--overfit", "psgtr"]
-    refuses([*words, "--predcls", "imp", "--detector-steps", "1"], "--weights nowhere.pt: no such file")
+    refuses([*words, "--predcls", "imp"], "--weights nowhere.pt: no such file")
 
 
 def test_psgtr_trains_on_psg_files(tmp_path: Path, run_paper: Any):
     psg_file(tmp_path / "data")
     words = ["--preset", "psgtr-r50", "--data", tmp_path / "data", "--out", tmp_path / "run", "--epochs", "1"]
-    words += ["--d", "16", "--hidden", "16", "--layers", "1", "--queries", "8", "--stop-after", "1"]
+    words += ["--d", "16", "--hidden", "16", "--layers", "1", "--queries", "8", "--stop-after", "1", "--side", "96"]
     with torch.random.fork_rng():
         start = PSGTR(model.ResNetTrunk(50), d=16, hidden=16, encoder=1, decoder=1, queries=8).state_dict()
     torch.save({name: value for name, value in start.items() if "norm" not in name}, tmp_path / "data" / "net.pt")
@@ -835,6 +843,7 @@ def test_real_panoptic_images(data_root: Path):
         pytest.skip("no coco-panoptic-mini")
     part = data.CocoPanoptic(folder, "test")
     assert len(part) == 100 and len(part.classes) == 133 and int(part.thing.sum()) == 80
+    assert tuple(row["id"] for row in part.categories) == data.COCO_IDS
     picture = part[0]
     assert (
         picture.masks.sum(0).max() == 1
@@ -904,14 +913,61 @@ def test_augmentation_keeps_a_relation_and_one_predicate_a_pair(scenes: data.Sce
     assert all(len(pick) == 2 for pick in picks) and len({p for pick in picks for p in pick}) == 3
 
 
-def test_detector_separates_parts_of_a_class():
-    net = detector.PixelDetector(TinyTrunk(8), 3, 2)
-    label = torch.full((8, 8), 2)
-    label[:2, :2], label[5:, 5:], label[5:, :2] = 0, 0, 1
-    found = net._segments(torch.full((8, 8), 0.5), label, 3, 1)
-    assert sorted(found.labels.tolist()) == [0, 0, 1, 2] and found.masks.sum(0).eq(1).all()
-    pooled = detector.pooled(torch.arange(4.0).view(1, 2, 2), found.masks)
-    assert pooled[found.labels == 1].item() == 2.0
+def test_features_are_averaged_over_masks():
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    masks[0, :2, 2:] = True
+    assert twostage.pooled(torch.arange(4.0).view(1, 2, 2), masks).item() == 1.0
+
+
+def results_file(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """COCO panoptic results that find what ``psg_file`` wrote, but for the last segment, which has another class."""
+    ids = data.COCO_IDS
+    parts = [{"id": s["id"], "category_id": ids[s["category_id"]], "score": 0.9} for s in RECORD["segments_info"]]
+    parts[-1]["category_id"] = ids[0]
+    rows = [{"image_id": 417720, "file_name": "000000417720.png", "segments_info": parts}]
+    table = {"annotations": rows}
+    if change is not None:
+        change(table)
+    (folder / "panoptic").mkdir(exist_ok=True)
+    (folder / "panoptic.json").write_text(json.dumps(table))
+    (folder / "panoptic" / "000000417720.png").write_bytes((folder / "coco" / RECORD["pan_seg_file_name"]).read_bytes())
+
+
+SMALL_HEADS = ["--head-features", "16", "--head-hidden", "16", "--pooling", "16", "--words", "8", "--side", "96"]
+
+
+def test_two_stage_methods_on_psg_files(tmp_path: Path, run_paper: Any):
+    """True segments (PredCls) and those that a detector found (SGDet), through the frozen pyramid."""
+    psg_file(tmp_path / "data")
+    results_file(tmp_path / "data")
+    picture = data.PSG(tmp_path / "data", "train")[0]
+    found = data.PanopticResults(tmp_path / "data" / "panoptic.json").find(417720, (640, 480))
+    truth, relations = data.match_segments(found, picture)
+    assert truth.tolist() == [1, 1, 26, 117, 118, 120, 0] and found.labels[-1] == 0
+    left = picture.relations[(picture.relations[:, :2] < 6).all(1)]  # relations with the last segment are lost
+    assert sorted(relations.tolist()) == sorted(left.tolist())
+    words = ["--preset", "sgdet-r50", "--data", tmp_path / "data", "--out", tmp_path / "run", "--head-epochs", "1"]
+    result = run_paper("psg", [*words, *SMALL_HEADS, "--predcls", "imp", "--sgdet", "motifs", "vctree"])
+    assert result.code == 0, result.err
+    metrics_ = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert {name.split("/")[2] for name in metrics_ if "/sgdet/" in name} == {"motifs", "vctree"}
+    assert metrics_["psg/predcls/frequency/R@100"]["mean"] == 1.0  # both images are one record
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("annotations/0/segments_info/0/category_id", 12, "no json of COCO panoptic results"),
+        ("annotations/0/image_id", 5, "has no results for image 417720"),
+        ("annotations/0/file_name", "no.png", "cannot be read as a PNG"),
+        ("annotations/0/segments_info/0/id", 77, "absent from segments_info"),
+    ],
+)
+def test_malformed_results(tmp_path: Path, path: str, value: Any, message: str):
+    psg_file(tmp_path)
+    results_file(tmp_path, edit(path, value))
+    with pytest.raises(UserError, match=message):
+        data.PanopticResults(tmp_path / "panoptic.json").find(417720, (640, 480))
 
 
 # ---- runs and claims -------------------------------------------------------------------------------------------------
