@@ -135,17 +135,6 @@ def split_classes(classes: Sequence[str], novel: Sequence[str]) -> tuple[list[in
     return base, new
 
 
-def check_disjoint(base: Sequence[str], novel: Sequence[str]) -> None:
-    """Refuse a name that is base and novel.
-
-    Raises:
-        ValueError: it is named.
-    """
-    both = sorted(set(base) & set(novel))
-    if both:
-        raise ValueError(f"base and novel classes overlap in {', '.join(both)}")
-
-
 def sample_shots(
     data: Dataset, labels: Sequence[int], shots: int, generator: torch.Generator, least: float = 0
 ) -> list:

@@ -140,17 +140,16 @@ def deformable_attention(
     Returns:
         (B, Q, heads * c).
     """
-    b, _, heads, c = value.shape
-    q, points = locations.shape[1], locations.shape[4]
+    b, _, heads, _ = value.shape
     grid = 2 * locations.permute(0, 2, 3, 1, 4, 5).flatten(0, 1) - 1  # (B heads, levels, Q, points, 2)
     levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], -1)
     sampled = [
         F.grid_sample(level.unflatten(-1, shape), grid[:, i], "bilinear", "zeros", align_corners=False)
         for i, (level, shape) in enumerate(zip(levels, shapes))
     ]  # (B heads, c, Q, points) each
-    strength = weights.permute(0, 2, 1, 3, 4).reshape(b * heads, q, len(shapes) * points, 1)
-    out = torch.cat(sampled, -1).transpose(1, 2) @ strength  # (B heads, Q, c, 1)
-    return out.view(b, heads, q, c).transpose(1, 2).flatten(2)
+    strength = weights.permute(0, 2, 1, 3, 4).flatten(3).flatten(0, 1).unsqueeze(1)  # (B heads, 1, Q, levels points)
+    out = (torch.cat(sampled, -1) * strength).sum(-1)  # (B heads, c, Q)
+    return out.unflatten(0, (b, heads)).permute(0, 3, 1, 2).flatten(2)
 
 
 class DeformableAttention(nn.Module):
@@ -389,7 +388,7 @@ def mask_pool(features: Tensor, masks: Tensor) -> Tensor:
     if not masks.flatten(1).any(1).all():
         raise ValueError("a support mask is empty")
     weight = F.interpolate(masks[:, None], features.shape[-2:], mode="area").flatten(2)  # (S, 1, h w)
-    return ((features.flatten(2) * weight).sum(-1)) / weight.sum(-1)
+    return (features.flatten(2) @ weight.transpose(1, 2))[..., 0] / weight.sum(-1)
 
 
 def mean_by_class(x: Tensor, labels: Tensor, classes: int) -> Tensor:
