@@ -245,7 +245,7 @@ def workloads() -> Iterator[Workload]:
         ("level", "grid_sample of each level as the official fallback has it", True, None),
     ):
         yield Workload(
-            f"deformable attention, {sampling}, {'both passes' if backward else 'forward'}",
+            f"deformable attention, {sampling}, {'both passes' if backward else 'forward'}, by {form}",
             bind(deformable, "ours", backward),
             bind(deformable, form, backward),
             name,
