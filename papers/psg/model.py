@@ -466,11 +466,12 @@ class OneStage(nn.Module):
         assert maps.shape[-2:] == shape
         return head(seen.features, maps, [seen.maps[2], seen.maps[1], seen.maps[0]], image)
 
-    def parameter_groups(self, lr: float, trunk: float = 0.1) -> list[dict[str, Any]]:
-        """Parameter groups with the trunk's learning rate times ``trunk``."""
+    def parameter_groups(self, lr: float, trunk: float = 0.1, masks: bool = False) -> list[dict[str, Any]]:
+        """Parameter groups: the rest, and the trunk (``masks``: with the mask heads) at ``lr`` times ``trunk``."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        slow = [p for name, p in named if self.is_slow(name)]
-        fast = [p for name, p in named if not self.is_slow(name)]
+        heads = ("sub_mask.", "obj_mask.") if masks else ()
+        slow = [p for name, p in named if self.is_slow(name) or name.startswith(heads)]
+        fast = [p for name, p in named if not (self.is_slow(name) or name.startswith(heads))]
         return [{"params": fast, "lr": lr}, {"params": slow, "lr": lr * trunk}]
 
     def is_slow(self, name: str) -> bool:

@@ -583,8 +583,12 @@ class RefT(nn.Module):
             best = score.topk(self.architecture.support_queries, 1).indices
         return queries.gather(1, best.unsqueeze(-1).expand(-1, -1, queries.shape[-1]))
 
-    def forward(self, images: Tensor, reference: Reference | None = None) -> Output:
+    def forward(self, images: Tensor, reference: Reference | None = None, order: Tensor | None = None) -> Output:
         """Predictions for (B, 3, H, W) images, sides multiples of 32.
+
+        Args:
+            reference: what ``reference`` gave. order: (C,) a permutation of classes: the query-level reference names
+                class c as ``order[c]``, see ``losses``.
 
         Raises:
             ValueError: the architecture refers and there is no reference, or one of another number of classes.
@@ -602,6 +606,7 @@ class RefT(nn.Module):
         last = x
         if self.query_reference is not None and reference is not None:
             codes = self.classifier.directions()
+            codes = codes if order is None else codes[order]
             last = x + self.query_reference(self.norm(x), reference.queries, reference.present, codes)
         normed = self.norm(last)  # eq. 3
         logits.append(self.classifier(normed))
@@ -644,18 +649,20 @@ def match(
     """Hungarian matching of every layer and image.
 
     Args:
-        logits: (L, B, Q, C + 1). masks: (L, B, Q, P) logits at points. targets: with masks (B, N, P) at those points.
+        logits: (L, B, Q, C + 1). masks: (L, B, Q, P) logits at points. targets: with masks (B, N, P) at those
+            points; labels (B, N) or, where layers have their own, (L, B, N).
         weights: of class, binary cross-entropy and dice.
 
     Returns:
         (L, B, N) the query of each object, -1 for none (padding, or more objects than queries).
     """
     chance = logits.softmax(-1)
-    index = targets.labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
+    labels = targets.labels.expand(len(logits), *targets.labels.shape[-2:])  # (L, B, N)
+    index = labels.unsqueeze(2).expand(-1, -1, logits.shape[2], -1)
     cost = -weights[0] * chance.gather(-1, index)
     cost = cost + weights[1] * pairwise_bce(masks, targets.masks) + weights[2] * pairwise_dice(masks, targets.masks)
     table, counts = cost.double().cpu().numpy(), targets.valid.sum(1).tolist()
-    found = np.full((len(logits), *targets.labels.shape), -1)
+    found = np.full(tuple(labels.shape), -1)
     for layer in range(len(table)):  # scipy solves one matrix at a time
         for image, n in enumerate(counts):
             rows, columns = linear_sum_assignment(table[layer, image, :, :n])
@@ -681,12 +688,15 @@ def losses(
     no_object: float = 0.1,
     weights: tuple[float, float, float] = (2.0, 5.0, 5.0),
     last_only: bool = False,
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Mask2Former's loss, summed over the layers, which are all matched and sampled together.
 
     Args:
         points: at which masks are compared; 0: every pixel of the predicted masks. no_object: weight of that class.
-        weights: of class, binary cross-entropy and dice. last_only: without deep supervision.
+        weights: of class, binary cross-entropy and dice. last_only: without deep supervision. order: (C,)
+            what the last layer has to call each class, when the references' names were permuted. It can know these
+            names from the supports alone, so a net that is trained so has to look at them.
 
     Returns:
         weighted "class", "mask" and "dice".
@@ -702,12 +712,15 @@ def losses(
     else:
         at = F.interpolate(truth, (h, w), mode="area").flatten(2)
         seen = masks.detach().flatten(3)
-    found = match(logits.detach(), seen, Targets(at, targets.labels, targets.valid), weights)
+    labels = targets.labels.repeat(layers, 1, 1)
+    if order is not None:
+        labels[-1] = order[targets.labels]
+    found = match(logits.detach(), seen, Targets(at, labels, targets.valid), weights)
 
     classes = logits.shape[-1] - 1
     wanted = torch.full((layers, b, q + 1), classes, device=logits.device)
     place = torch.where(found >= 0, found, q)  # the last column takes what is not matched
-    wanted.scatter_(2, place, targets.labels.expand(layers, -1, -1))
+    wanted.scatter_(2, place, labels)
     weight = torch.ones(classes + 1, device=logits.device)
     weight[-1] = no_object
     wanted = wanted[..., :q]

@@ -55,6 +55,8 @@ class Config:
     """Feature-level reference on the mask features too."""
     base_weights: str = ""
     """Folder with <arm>.safetensors of base nets ("weights": those that come along); empty: train them."""
+    permute: float = 0.0
+    """Share of base-training steps in which the query-level reference's names of classes are permuted."""
     backbone_steps: int = 0
     """shapes: steps in which the backbone first learns to classify scenes of one object of a base class."""
     export: str = ""
@@ -139,6 +141,7 @@ class Config:
             options.above(name, getattr(self, name), 0.0)
         for k in self.shots:
             options.at_least("shots", k, 1)
+        options.between("permute", self.permute, 0.0, 1.0)
         for share in self.drops:
             options.between("drops", share, 0.0, 1.0)
         for name in ("jitter", "tune_jitter"):
@@ -169,7 +172,7 @@ SHAPES: dict[str, Any] = {
     "points": 0, "size": 64, "top": 30, "lr": 1.5e-3, "backbone_lr": 0.3, "clip": 1.0, "drops": (),
     "base_steps": 0, "shots": (5,),
     "arms": (*REFERENCES, "reft-no-distillation"), "protocols": ("gfsis", "ifsis"), "base_weights": "weights",
-    "tune_steps": 10, "tune_lr": 3e-4, "tune_new_lr": 1e-3, "support_classes": 12,
+    "permute": 0.5, "tune_steps": 10, "tune_lr": 3e-4, "tune_new_lr": 1e-3, "support_classes": 12,
 }  # fmt: skip
 PANOPTIC: dict[str, Any] = {
     "source": "panoptic", "backbone": "efficientnet-lite0", "classifier": "cosine", "width": 96, "queries": 30,
@@ -489,13 +492,17 @@ class Episode(nn.Module):
         self.net = net
 
     def forward(
-        self, images: Tensor, supports: tuple[Tensor, Tensor, Tensor] | None, cached: Reference | None
+        self,
+        images: Tensor,
+        supports: tuple[Tensor, Tensor, Tensor] | None,
+        cached: Reference | None,
+        order: Tensor | None = None,
     ) -> tuple[Output, Output | None]:
         """Predictions on the images and on the supports."""
         if supports is None or not self.net.refers:
             return self.net(images, cached), None
         fresh, out = self.net.reference(*supports)
-        return self.net(images, fresh if cached is None else merge(fresh, cached)), out
+        return self.net(images, fresh if cached is None else merge(fresh, cached), order), out
 
 
 def merge(fresh: Reference, cached: Reference) -> Reference:
@@ -632,8 +639,11 @@ def step_once(
         images, targets = data.batch(source, part, generator, span)
         images, targets = images.to(run.device), targets.to(run.device)
         supports = to_device(data.supports(source, drawer.draw(part, generator)), run.device)
-        out, own = model(images, supports, cached)
-        terms = losses(out, targets, config.points)
+        order = None
+        if key[0] == "base" and model.net.query_reference is not None and config.permute:
+            order = permuted_classes(config, generator, model.net.classifier.classes, run.device)
+        out, own = model(images, supports, cached, order)
+        terms = losses(out, targets, config.points, order=order)
         if own is not None and config.support_loss:
             side = losses(own, Targets(supports[1][:, None], supports[2][:, None],
                                        torch.ones_like(supports[2][:, None]) > 0), config.points)  # fmt: skip
@@ -648,6 +658,13 @@ def step_once(
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
     unit.log(**total)
+
+
+def permuted_classes(config: Config, generator: torch.Generator, classes: int, device: torch.device) -> Tensor | None:
+    """A random permutation of the classes in a share of the steps, otherwise nothing."""
+    if torch.rand((), generator=generator) >= config.permute:
+        return None
+    return torch.randperm(classes, generator=generator).to(device)
 
 
 def base_state(config: Config, run: Run, arm: str, classes: int) -> dict[str, Tensor]:
