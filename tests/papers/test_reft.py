@@ -859,6 +859,50 @@ def test_merging_references(train) -> None:
 # ---- the command
 
 
+def test_shipped_nets_lose_their_classes_with_swapped_supports(train, tmp_path) -> None:
+    """The query-level reference decides what an object is called: another class's supports, another name."""
+    config = replace(train.PRESETS["default"].config, train_scenes=60, test_scenes=40)
+    run = SimpleNamespace(
+        device=torch.device("cpu"), paper_folder=Path(train.__file__).parent, data_used=lambda *_, **__: None,
+        generator=lambda *key: gen(len(repr(key))),
+    )  # fmt: skip
+    known = train.Data(config, run)
+    kinds = sorted({row.label for row in known.base_set.instances})
+    rows = train.sets.sample_shots(known.base_set, kinds, 1, gen(1))
+    for arm in ("query", "reft"):
+        net = train.make(config, arm, len(known.base))
+        train.load(net, train.base_state(config, run, arm, len(known.base)), arm)
+        net.eval()
+        right = train.cache(net, known, known.base_set, rows)
+        swapped = right._replace(queries=right.queries.roll(1, 0))
+        ap = [
+            train.judge(config, run, known, net, reference, {"bAP": range(len(known.base))})["segm_bAP"]
+            for reference in (right, swapped)
+        ]
+        assert ap[0] > 0.1 and ap[1] < 0.5 * ap[0], (arm, ap)
+
+
+def test_permuted_names_are_for_the_last_layer_and_come_from_the_supports() -> None:
+    """With permuted names only the last layer's classes change, and only by the codes of the query reference."""
+    net = small(replace(TINY, feature_reference=False, query_reference=True, zero_init=False))
+    torch.manual_seed(0)
+    images, masks = torch.rand(3, 3, 64, 64), torch.zeros(3, 64, 64)
+    masks[:, 8:40, 8:40] = 1
+    order = torch.tensor([1, 2, 0])
+    reference, _ = net.reference(images, masks, torch.arange(3))
+    net.train()
+    plain, named = net(images, reference), net(images, reference, order)
+    torch.testing.assert_close(plain.logits[:-1], named.logits[:-1])
+    assert not torch.allclose(plain.logits[-1], named.logits[-1], atol=1e-3)
+    torch.testing.assert_close(net(images, reference, torch.arange(3)).logits, plain.logits)
+    targets = model.Targets(torch.rand(3, 2, 64, 64).round(), torch.tensor([[0, 1]] * 3), torch.ones(3, 2) > 0)
+    same = model.losses(plain, targets, 0, order=torch.arange(3))
+    torch.testing.assert_close(same, model.losses(plain, targets, 0))
+    renamed = model.Targets(targets.masks, order[targets.labels], targets.valid)
+    ours = model.losses(plain, targets, 0, order=order, last_only=True)
+    torch.testing.assert_close(ours, model.losses(plain, renamed, 0, last_only=True))
+
+
 @pytest.fixture
 def tiny_base(train, tmp_path) -> Path:
     """Untrained base nets in a folder."""
