@@ -681,7 +681,8 @@ class DETR(OneStage):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Disjoint segments of one image, for two-stage methods on a DETR.
 
-        A pixel belongs to the query that is surest of it; a segment that keeps less than ``overlap`` of its mask to
+        A query that repeats a surer one of its class is left out; a pixel belongs to the query that is surest of it; a
+        segment that keeps less than ``overlap`` of its mask to
         itself is dropped.
 
         Args:
@@ -695,10 +696,15 @@ class DETR(OneStage):
         sure, label = sure[query], label[query]
         if not len(query):
             return label, sure, torch.zeros((0, *size), dtype=torch.bool, device=label.device)
+        order = sure.argsort(descending=True)
+        query, sure, label = query[order], sure[order], label[order]
         p = resized(self.object_masks(out, torch.full_like(query, number), query), size).sigmoid()
+        again = (mask_iou(p >= 0.5, p >= 0.5) > 0.5) & (label[:, None] == label)  # a repeat of a surer query
+        first = ~again.tril(-1).any(1)
+        p, sure, label = p[first], sure[first], label[first]
         best = (p * sure[:, None, None]).argmax(0)
         whole = p >= 0.5
-        own = whole & (best == torch.arange(len(query), device=best.device)[:, None, None])
+        own = whole & (best == torch.arange(len(p), device=best.device)[:, None, None])
         keep = own.sum((1, 2)) >= (overlap * whole.sum((1, 2))).clamp(min=1)
         return label[keep], sure[keep], own[keep]
 

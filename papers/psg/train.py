@@ -1030,6 +1030,8 @@ def train_head(config: Config, run: Run, unit: Unit, splits: tuple[Any, Any], so
     @torch.no_grad()
     def logits(index: Sequence[int]) -> tuple[Objects, Tensor]:
         o, maps = source.test_batch(index)
+        if not len(o.pairs):  # nothing was detected
+            return o, torch.zeros(0, len(test.predicates) + 1)
         return o, net(onto(o, run.device), maps).relations.cpu()
 
     metrics, shown = measure_heads(config, source, test, logits)
