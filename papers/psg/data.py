@@ -596,7 +596,8 @@ def match_segments(found: Segments, picture: Picture) -> tuple[Tensor, Tensor]:
     from torchvision.ops import box_iou
 
     iou = box_iou(mask_boxes(found.masks), mask_boxes(picture.masks)) * (found.labels[:, None] == picture.labels)
-    best, owner = iou.max(1) if len(picture.labels) else (torch.zeros(len(found.labels)), torch.zeros(0).long())
+    iou = F.pad(iou, (0, 1))  # a last column that nothing overlaps, so that there is one
+    best, owner = iou.max(1)
     owner = torch.where(best > 0.5, owner, -1)
     ends = [owner[:, None] == picture.relations[:, end] for end in (0, 1)]
     a, b, r = (ends[0][:, None] & ends[1][None]).nonzero(as_tuple=True)

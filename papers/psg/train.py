@@ -1208,6 +1208,7 @@ def train(config: Config, run: Run) -> None:
             train_detr(config, run, unit, Scenes(config.pretrain_scenes, 3), test_split)
         if config.export and run.is_main:
             export(config, run)
+    frozen = features = None
     if (config.predcls or heads) and config.dataset == "scenes":
         frozen = detr_of(config, run, train_split)
 
@@ -1243,7 +1244,7 @@ def train(config: Config, run: Run) -> None:
     done += [("overfit", run.seeds[0], arm) for arm in config.overfit]
     keys = [("sgdet", seed, arm) for seed in run.seeds[: config.sgdet_seeds or None] for arm in config.sgdet]
     if heads:
-        detected, prior = detections(config, run, splits, counts, features if config.dataset != "psg" else None)
+        detected, prior = detections(config, run, splits, counts, features, frozen)
     for unit in run.units(keys):
         if unit.key[2] in NET_NAMES:
             train_net(config, run, unit, splits)
@@ -1256,12 +1257,14 @@ def train(config: Config, run: Run) -> None:
 
 
 def detections(
-    config: Config, run: Run, splits: tuple[Any, Any], counts: tuple[int, int], features: Any
+    config: Config, run: Run, splits: tuple[Any, Any], counts: tuple[int, int], features: Any, frozen: DETR | None
 ) -> tuple[Any, Tensor]:
-    """Detected segments of both splits as a source of batches, and log-frequencies."""
+    """Detected segments of both splits as a source of batches, and log-frequencies.
+
+    ``features``: of an image, where none are learned; ``frozen``: the detector of scenes.
+    """
     train, classes, predicates = splits[0], len(splits[0].classes), len(splits[0].predicates)
-    if config.dataset == "scenes":
-        frozen = detr_of(config, run, train)
+    if frozen is not None:
 
         def detect(split: Any) -> Callable[[int, Picture], Segments]:
             def find(_: int, picture: Picture) -> Segments:

@@ -948,6 +948,9 @@ def test_two_stage_methods_on_psg_files(tmp_path: Path, run_paper: Any):
     assert truth.tolist() == [1, 1, 26, 117, 118, 120, 0] and found.labels[-1] == 0
     left = picture.relations[(picture.relations[:, :2] < 6).all(1)]  # relations with the last segment are lost
     assert sorted(relations.tolist()) == sorted(left.tolist())
+    bare = data.without_segments(picture, torch.zeros(7, dtype=torch.bool))
+    truth, relations = data.match_segments(found, bare)
+    assert not truth.any() and relations.shape == (0, 3)
     words = ["--preset", "sgdet-r50", "--data", tmp_path / "data", "--out", tmp_path / "run", "--head-epochs", "1"]
     result = run_paper("psg", [*words, *SMALL_HEADS, "--predcls", "imp", "--sgdet", "motifs", "vctree"])
     assert result.code == 0, result.err
