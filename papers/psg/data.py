@@ -418,7 +418,8 @@ SCENE_THINGS = 4
 class Scenes:
     """Generated scenes whose relations are decided by geometry.
 
-    An upper and a lower band (stuff), and two to four things that fly above the lower band or stand on it. Relations:
+    An upper and a lower band (stuff), and two to four things, plain discs and striped squares, that fly above the lower
+    band or stand on it. Relations:
     *over*, the upper band and every flying thing over the lower band; *on*, a thing that stands on the lower band;
     *touching*, two things that meet (the larger one is the subject); *beside*, a thing and the nearest other one, where
     that is at its height, close and not touching. Which thing is nearest depends on all of them. Classes say nothing
@@ -472,7 +473,9 @@ class Scenes:
         )
         table = np.concatenate([upper[:, None], lower[:, None], kinds], 1)
         of_pixel = np.take_along_axis(table, ids.reshape(count, -1), 1).reshape(ids.shape)
-        image = colours[of_pixel] + g.normal(0, 12, (*ids.shape, 3)) + g.normal(0, 15, (count, 1, 1, 3))
+        striped = (of_pixel < len(SCENE_CLASSES)) & (of_pixel % 2 == 1) & (y // 2 % 2 == 0)
+        shade = np.where(striped, 0.55, 1.0)[..., None]
+        image = colours[of_pixel] * shade + g.normal(0, 12, (*ids.shape, 3)) + g.normal(0, 15, (count, 1, 1, 3))
         self.images = torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
         ids_t = torch.from_numpy(ids)
         self._masks = torch.stack([ids_t == k for k in range(slots + 2)], 1)

@@ -176,9 +176,9 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 PANOPTIC: dict[str, Any] = {
     "source": "panoptic", "backbone": "efficientnet-lite0", "classifier": "cosine", "width": 96, "queries": 30,
-    "layers": 3, "points": 2048, "size": 256, "top": 50, "lr": 5e-4, "backbone_lr": 0.1, "clip": 1.0, "drops": (),
-    "base_steps": 400, "batch": 4, "tune_batch": 4, "arms": ("full", "reft"), "shots": (1,), "shot_lists": "sampled",
-    "tune_steps": 80, "tune_lr": 1e-4, "tune_new_lr": 5e-4, "support_classes": 3, "jitter": (0.6, 1.6),
+    "layers": 3, "points": 2048, "size": 192, "top": 50, "lr": 5e-4, "backbone_lr": 0.1, "clip": 1.0, "drops": (),
+    "base_steps": 200, "batch": 4, "tune_batch": 4, "arms": ("full", "reft"), "shots": (1,), "shot_lists": "sampled",
+    "tune_steps": 50, "tune_lr": 1e-4, "tune_new_lr": 5e-4, "support_classes": 3, "jitter": (0.6, 1.6),
     "tune_jitter": (0.6, 1.6),
 }  # fmt: skip
 COCO = "COCO 2014 with the TFA split, or 2017: see README, Data"
@@ -243,7 +243,7 @@ PRESETS = {
     "coco-panoptic-mini": Preset(
         Config(**PANOPTIC),
         data="100 + 100 real COCO images at half size (coco-panoptic-mini.tar)",
-        hours=0.25,
+        hours=0.4,
         needs_data=True,
         claims=False,
         why_not_comparable="100 training images at half size, small decoder",
@@ -609,8 +609,9 @@ def train_base(config: Config, run: Run, unit: Unit, data: Data, arm: str) -> No
     for step in unit.steps(config.base_steps):
         set_rate(optimizer, step / config.base_steps, config.drops)
         step_once(
-            config, run, unit, data, model, optimizer, source, drawer, sampler[step], ("base", step), config.jitter
-        )
+            config, run, unit, data, model, optimizer, source, drawer, sampler[step], ("base", step), config.jitter,
+            permute=config.permute,
+        )  # fmt: skip
     state = {name: value.detach().cpu() for name, value in net.state_dict().items()}
     if config.export and run.is_main:
         path = Path(config.export) / f"{arm}.safetensors"
@@ -629,22 +630,26 @@ def train_base(config: Config, run: Run, unit: Unit, data: Data, arm: str) -> No
 def step_once(
     config: Config, run: Run, unit: Unit, data: Data, model: Any, optimizer: torch.optim.Optimizer, source: Dataset,
     drawer: Supports, index: Tensor, key: tuple[Any, ...], span: tuple[float, float], cached: Reference | None = None,
-    teacher: tuple[RefT, Reference] | None = None,
+    teacher: tuple[RefT, Reference] | None = None, permute: float = 0.0,
 ) -> None:  # fmt: skip
-    """One optimiser step on images of ``source``, with fresh supports, and a teacher's distillation."""
+    """One optimiser step on images of ``source``, with fresh supports, and a teacher's distillation.
+
+    ``permute``: chance that the query-level reference's names of classes are permuted.
+    """
     total: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
     for part, weight in run.shard(index):
         generator = run.generator("augment", *key, run.rank)
         images, targets = data.batch(source, part, generator, span)
         images, targets = images.to(run.device), targets.to(run.device)
-        supports = to_device(data.supports(source, drawer.draw(part, generator)), run.device)
-        order = None
-        if key[0] == "base" and model.net.query_reference is not None and config.permute:
-            order = permuted_classes(config, generator, model.net.classifier.classes, run.device)
+        supports = order = None
+        if model.net.refers:
+            supports = to_device(data.supports(source, drawer.draw(part, generator)), run.device)
+        if permute and model.net.query_reference is not None:
+            order = permuted_classes(permute, generator, model.net.classifier.classes, run.device)
         out, own = model(images, supports, cached, order)
         terms = losses(out, targets, config.points, order=order)
-        if own is not None and config.support_loss:
+        if own is not None and supports is not None and config.support_loss:
             side = losses(own, Targets(supports[1][:, None], supports[2][:, None],
                                        torch.ones_like(supports[2][:, None]) > 0), config.points)  # fmt: skip
             terms["support"] = config.support_loss * torch.stack(list(side.values())).sum()
@@ -660,9 +665,9 @@ def step_once(
     unit.log(**total)
 
 
-def permuted_classes(config: Config, generator: torch.Generator, classes: int, device: torch.device) -> Tensor | None:
+def permuted_classes(share: float, generator: torch.Generator, classes: int, device: torch.device) -> Tensor | None:
     """A random permutation of the classes in a share of the steps, otherwise nothing."""
-    if torch.rand((), generator=generator) >= config.permute:
+    if torch.rand((), generator=generator) >= share:
         return None
     return torch.randperm(classes, generator=generator).to(device)
 
