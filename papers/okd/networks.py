@@ -138,12 +138,11 @@ def mcunet(classes: int, channels: int = 3) -> Staged:
 
 
 def mobilenet_small(classes: int, channels: int = 3) -> Staged:
-    """MobileNetV3-Small up to its last 1 x 1 convolution of 576 channels, cut where the resolution changes."""
+    """MobileNetV3-Small up to its last 1 x 1 convolution of 576 channels; every layer is a stage."""
     layers = mobilenet_v3_small(weights=None).features
     if channels != 3:
         layers[0][0] = nn.Conv2d(channels, 16, 3, 2, 1, bias=False)
-    cuts = ((0, 1), (1, 2), (2, 4), (4, 9), (9, 13))
-    return Staged([layers[a:b] for a, b in cuts], pool(), 576, classes, (1, 2))
+    return Staged(list(layers), pool(), 576, classes, (1, 2))
 
 
 def resnet(classes: int, channels: int = 3) -> Staged:
