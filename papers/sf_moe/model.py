@@ -3,8 +3,8 @@
 Li et al., "Sparse Mixture-of-Experts are Domain Generalizable Learners", ICLR 2023 (GMoE); its first version, arXiv
 2206.04046v1, is "Sparse Fusion Mixture-of-Experts are Domain Generalizable Learners" (SF-MoE).
 
-* ``route``/``admit``/``dispatch``: top-k choice, capacity, and tokens sorted by expert, all experts in one grouped
-  product. No tensor is larger than (tokens, experts) or (chosen tokens, width), nothing loops over experts.
+* ``route``/``admit``/``dispatch``: top-k choice, capacity, and tokens sorted by expert, one product for each
+  expert's block of rows (one kernel for all on a GPU). No tensor is larger than (tokens, experts) or (tokens, width).
 * ``SparseMoE``: the layer of GMoE: cosine router, noise, importance and load losses, batch-prioritised capacity.
 * ``GroupMoE``: the layer of SF-MoE: two experts a token, the second at random, capacity image by image.
 * ``VisionTransformer``: DeiT with dense or sparse blocks; ``load_dense`` starts experts as copies of a trained block.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MAX_SCALE = math.log(100.0)
 """Bound on the logarithm of the cosine router's scale."""
@@ -153,30 +154,30 @@ def balance_loss(routes: Routes, noise: float, tutel_threshold: bool = False) ->
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 
-def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows times the matrix of their group.
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows times the matrix of their group, plus its bias.
 
     Args:
-        x: (R, d) rows sorted by group. weight: (N, m, d). counts: (N,) rows of each group.
+        x: (R, d) rows sorted by group. weight: (N, m, d). bias: (N, m) or None. counts: (N,) rows of each group.
 
     Returns:
         (R, m).
     """
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(kind), weight.to(kind)
+        x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     fits = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])  # strides that the kernel takes
-    if fits and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and len(x):
-        return _GroupedProduct.apply(x, weight, counts.cumsum(0).to(torch.int32))
-    most = max(1, int(counts.max()))
-    group = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
-    slot = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[group] + group * most
-    padded = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, slot, x)
-    return (padded.view(len(counts), most, -1) @ weight.mT).flatten(0, 1)[slot]
+    if x.is_cuda and fits and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and len(x):
+        y = _GroupedProduct.apply(x, weight, counts.cumsum(0).to(torch.int32))
+        if bias is None:
+            return y
+        group = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(x))
+        return torch.addmm(y, F.one_hot(group, len(counts)).to(x.dtype), bias)  # a thin product, and so its gradient
+    return _Blocks.apply(x, weight, bias, counts.tolist())
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """``grouped_mm`` whose gradient may lie in memory in any way."""
+    """One kernel for all groups, ``grouped_mm``, whose gradient may lie in memory in any way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -190,6 +191,41 @@ class _GroupedProduct(torch.autograd.Function):
         to_x = F.grouped_mm(gradient, weight, offs=ends) if ctx.needs_input_grad[0] else None
         to_weight = F.grouped_mm(gradient.mT, x.contiguous(), offs=ends) if ctx.needs_input_grad[1] else None
         return to_x, to_weight, None
+
+
+class _Blocks(torch.autograd.Function):
+    """One product for each group's block of rows, written to where it belongs: on a CPU the fastest form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        y = x.new_empty(len(x), weight.shape[1])
+        blocks = zip(x.split(counts), weight, y.split(counts), strict=True)
+        for i, (rows, matrix, out) in enumerate(blocks):
+            if bias is None:
+                torch.mm(rows, matrix.T, out=out)
+            else:
+                torch.addmm(bias[i], rows, matrix.T, out=out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        parts = gradient.split(ctx.counts)
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.empty_like(x)
+            for part, matrix, out in zip(parts, weight, to_x.split(ctx.counts), strict=True):
+                torch.mm(part, matrix, out=out)
+        if ctx.needs_input_grad[1]:
+            to_weight = torch.empty_like(weight)
+            for part, rows, out in zip(parts, x.split(ctx.counts), to_weight, strict=True):
+                torch.mm(part.T, rows, out=out)
+        if ctx.needs_input_grad[2]:
+            to_bias = torch.stack([part.sum(0) for part in parts])
+        return to_x, to_weight, to_bias, None
 
 
 class _Gather(torch.autograd.Function):
@@ -239,18 +275,10 @@ class Experts(nn.Module):
         nn.init.trunc_normal_(self.w1, std=0.02)
         nn.init.trunc_normal_(self.w2, std=0.02)
 
-    def forward(self, rows: Tensor, group: Tensor, counts: Tensor) -> Tensor:
-        """(R, width) sorted by expert, (R,) whose they are, (N,) rows of each -> (R, out)."""
-        member = None
-        if self.b1 is not None:  # a row's bias by a thin product: its gradient is one too
-            member = (group[:, None] == torch.arange(len(counts), device=rows.device)).to(self.w1.dtype)
-        h = self._shifted(grouped_product(rows, self.w1, counts), member, self.b1)
-        h = self.dropout(self.activation(h))
-        return self._shifted(grouped_product(h, self.w2, counts), member, self.b2)
-
-    @staticmethod
-    def _shifted(x: Tensor, member: Tensor | None, bias: Tensor | None) -> Tensor:
-        return x if bias is None or member is None else torch.addmm(x, member.to(x.dtype), bias.to(x.dtype))
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(R, width) sorted by expert, (N,) rows of each -> (R, out)."""
+        h = self.activation(grouped_linear(rows, self.w1, self.b1, counts))
+        return grouped_linear(self.dropout(h), self.w2, self.b2, counts)
 
     @torch.no_grad()
     def copy_from(self, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
@@ -278,11 +306,11 @@ def dispatch(x: Tensor, routes: Routes, experts: Experts) -> Tensor:
     counts = torch.bincount(group, minlength=n + 1)[:n]
     if routes.keep is not None:
         kept = int(counts.sum())
-        group, order = group[:kept], order[:kept]
+        order = order[:kept]
     slot = torch.full((tokens * k,), -1, dtype=torch.int64, device=x.device)
     slot[order] = torch.arange(len(order), device=x.device)
     slot = slot.view(tokens, k)
-    y = experts(_Gather.apply(x, order // k if k > 1 else order, slot), group, counts)
+    y = experts(_Gather.apply(x, order // k if k > 1 else order, slot), counts)
     y = y * routes.gate.reshape(-1)[order, None].to(y.dtype)
     if k == 1 and routes.keep is None:
         return _Gather.apply(y, slot[:, 0], order[:, None])

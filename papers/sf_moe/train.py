@@ -17,7 +17,8 @@ from typing import Any, Literal
 from shared import cli, options
 from shared.cli import Preset
 
-DATASET_NAMES = ("styles", "digits4", "pacs", "vlcs", "office_home", "terra_incognita", "domain_net", "sviro")
+PICTURE_NAMES = ("pacs", "vlcs", "office_home", "terra_incognita", "domain_net", "sviro", "cub_dg")
+DATASET_NAMES = ("styles", "digits4", *PICTURE_NAMES)
 NETWORK_NAMES = ("vit", "gmoe", "sf_moe", "cnn", "resnet18", "resnet50", "resnet101")
 ALGORITHM_NAMES = ("erm", "irm", "coral", "mmd", "fish")
 LAYER_NAMES = ("last-two", "every-two", "alternate")
@@ -45,7 +46,7 @@ class Config:
     """Study: Adam learning rate at the start; it goes to 0 along a cosine."""
     # the domains
     dataset: str = "pacs"
-    """styles (no files), digits4, pacs, vlcs, office_home, terra_incognita, domain_net or sviro."""
+    """styles (no files), digits4, pacs, vlcs, office_home, terra_incognita, domain_net, sviro or cub_dg."""
     networks: tuple[str, ...] = ("vit", "gmoe")
     """Any of vit gmoe sf_moe cnn resnet18 resnet50 resnet101."""
     test_envs: tuple[str, ...] = ()
@@ -241,6 +242,7 @@ PICTURE_SETS: dict[str, tuple[str, dict[str, Any], float]] = {
         300,
     ),
     "sviro": ("sviro/<car>/<class>/", {"lr": 5e-5, "weight_decay": 0.0}, 60),
+    "cub_dg": ("CUB_DG/{Candy,Mosaic,Natural,Udnie}/<class>/", {"lr": 5e-5, "weight_decay": 0.0}, 20),
 }
 DOMAIN_NET = Config(dataset="domain_net", **PICTURE_SETS["domain_net"][1])
 PRESETS = {

@@ -756,6 +756,15 @@ def test_real_images(train: ModuleType, data_root: Path) -> None:
     assert len(source.outliers) == 3120 - 20 * (24 + 26)
 
 
+def test_real_cifar(train: ModuleType, data_root: Path) -> None:
+    folder = data_root / "cifar10-jpeg-mini"
+    if not folder.is_dir():
+        pytest.skip(f"no cifar10-jpeg-mini in {data_root}")
+    source = train.data.cifar_images(data_root, 0, 20)
+    assert source.train.shape == (200, 3, 32, 32) and source.test_y.bincount().tolist() == [300] * 10
+    assert abs(float(source.train.mean())) < 0.2 and 0.8 < float(source.train.std()) < 1.2
+
+
 # ---- the whole, and broken methods -----------------------------------------------------------------------------------
 
 TINY = ["--preset", "smoke", "--detectors", "knn", "--tasks", "osr", "ood", "--arms", "ce", "confbranch", "vos"]

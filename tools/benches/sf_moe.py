@@ -161,7 +161,7 @@ def training(name: str) -> Callable[[], Any]:
 def workloads() -> Iterator[Workload]:
     """Everything that is timed."""
     bind = functools.partial
-    for count, experts in ((1576, 6), (1576, 12)):
+    for count, experts in ((1576, 6), (1576, 12), (6304, 6)):
         yield Workload(
             f"sparse layer of {experts} experts, {count} tokens of width 384, both passes",
             bind(layer, count, 384, experts, "ours"),
