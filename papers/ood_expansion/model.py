@@ -80,6 +80,10 @@ def cells(features: Tensor, domain: Tensor, label: Tensor, domains: int, classes
     return cell, torch.bincount(cell, minlength=domains * classes).view(domains, classes)
 
 
+class ConstantFeatures(ValueError):
+    """A network that answers the same to everything of a class: there is no density to estimate."""
+
+
 def measure(
     features: Tensor, cell: Tensor, count: Tensor, margin: float = 4.0, official_padding: bool = False
 ) -> Ruler:
@@ -92,7 +96,7 @@ def measure(
             deviations and the range, as in the official code; and the grid ends with the data.
 
     Raises:
-        ValueError: no cell has two samples, or all features are constant within every cell.
+        ValueError: no cell has two samples. ConstantFeatures: all features are constant within every cell.
     """
     n = count.flatten().to(features.dtype)
     largest = int(count.max())
@@ -117,7 +121,7 @@ def measure(
     scale = float(deviation.mean())
     # rounding leaves a constant feature a deviation of about 1e-7 of its size
     if scale <= 1e-6 * max(abs(low), abs(high)):
-        raise ValueError(f"all {features.shape[1]} features are constant within every domain and class")
+        raise ConstantFeatures(f"all {features.shape[1]} features are constant within every domain and class")
     bandwidth = 1.06 * largest**-0.2  # times the mean deviation of the scaled features, which is 1
     return Ruler(scale, bandwidth, low / scale - margin * bandwidth, high / scale + margin * bandwidth)
 

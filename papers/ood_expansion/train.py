@@ -220,7 +220,7 @@ PRESETS = {
         why_not_comparable="coloured digits, not the paper's data sets",
     ),
     "digits4": Preset(
-        replace(DEFAULT, datasets=("digits4",), pool=SMALL_POOL, lrs=(1e-3,), feature_samples=100),
+        replace(DEFAULT, datasets=("digits4",), pool=SMALL_POOL, feature_samples=100),
         seeds=3,
         data="mnist-t10k/, usps.npz, semeion.npz, and scikit-learn's digits",
         hours=0.07,
@@ -275,6 +275,7 @@ from data import PICTURES, BatchStream, Problem, describe, load, repaint  # noqa
 from model import (  # noqa: E402
     Algorithm,
     Choice,
+    ConstantFeatures,
     Features,
     ResNet,
     choose,
@@ -426,12 +427,17 @@ def judge(
         origin = origin.index_copy(
             0, known, origin[known][torch.randperm(len(known), generator=run.generator("control"))]
         )
+    features = torch.cat(z)
     with user_errors():
-        found = examine(
-            *(torch.cat(z), origin, torch.cat(label), len(problem.domains), problem.classes, train, config.grid),
-            method=config.estimator,
-            official_padding=config.official_padding,
-        )
+        try:
+            found = examine(
+                *(features, origin, torch.cat(label), len(problem.domains), problem.classes, train, config.grid),
+                method=config.estimator,
+                official_padding=config.official_padding,
+            )
+        except ConstantFeatures:  # a collapsed network has no informative feature, whatever the threshold
+            nothing = features.new_zeros(features.shape[1])
+            found = Features(nothing, nothing, nothing - 1)
     out = {"validation": torch.stack(validation), "test": accuracy}
     return out | {name: getattr(found, name) for name in ("available", "everywhere", "informative")}
 

@@ -652,3 +652,17 @@ def test_smoke_writes_a_figure_and_all_rules(run_paper: Any, tmp_path: Path) -> 
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="needs --data"):
         data.load("digits4", None, 0)
+
+
+def test_a_collapsed_network_does_not_end_the_run(train: ModuleType, monkeypatch: Any, tmp_path: Path) -> None:
+    right, calls = train.examine, []
+
+    def collapsed(features: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(features))
+        return right(features * 0 if len(calls) <= 2 else features, *args, **kwargs)
+
+    monkeypatch.setattr(train, "examine", collapsed)
+    argv = ["--preset", "smoke", "--datasets", "coloured-digits", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 0 and len(calls) > 4
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["metrics"]["coloured-digits/unseen/picked/by_criterion/test_accuracy"]["mean"] <= 1
