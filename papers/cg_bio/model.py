@@ -687,7 +687,23 @@ class AIRG(Method):
         return True
 
 
-class BiGSAM(Method):
+class _BesideZ(Method):
+    """A method whose iterates need not lie in Z; it offers the point that its last step projected on Z."""
+
+    _inside: Vector
+
+    def feasible(self) -> Vector:
+        return self._inside
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"inside": self._inside.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._inside = np.array(state["inside"])
+
+
+class BiGSAM(_BesideZ):
     """BiG-SAM (Sabach, Shtern 2017): x <- alpha (x - eta_f grad f) + (1 - alpha) P_Z(x - eta_g grad g).
 
     alpha_k = min(2 gamma / k, 1), k = 1, 2, ... The iterate need not lie in Z; ``feasible`` is the projected point.
@@ -705,16 +721,6 @@ class BiGSAM(Method):
         self.x = alpha * (self.x - self.eta_f * df) + (1 - alpha) * self._inside
         self.k += 1
         return True
-
-    def feasible(self) -> Vector:
-        return self._inside
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"inside": self._inside.tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._inside = np.array(state["inside"])
 
 
 class DBGD(Method):
@@ -741,7 +747,7 @@ class DBGD(Method):
         return True
 
 
-class MNG(Method):
+class MNG(_BesideZ):
     """Minimal norm gradient (Beck, Sabach 2014) for a strongly convex quadratic f = z'Hz/2 + h'z + const.
 
     With G = M (x - y), y = P_Z(x - grad g / M):  x <- argmin f(z) subject to G'(x - z) >= 3/(4M) |G|^2 and
@@ -793,16 +799,6 @@ class MNG(Method):
         self.x = self.best - u * mu[0] + w * mu[1]
         self.k += 1
         return True
-
-    def feasible(self) -> Vector:
-        return self._inside
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"inside": self._inside.tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._inside = np.array(state["inside"])
 
 
 def _two_multipliers(gram: Vector, need: Vector) -> Vector:
