@@ -317,7 +317,7 @@ PRESETS = {
         )
     },
     "digits4": Preset(
-        LONG,
+        replace(LONG, dataset="digits4"),
         seeds=3,
         data="mnist-t10k/, usps.npz, semeion.npz, and scikit-learn's digits",
         hours=0.5,

@@ -611,8 +611,9 @@ def test_every_preset_makes_the_networks_of_the_paper(train: ModuleType) -> None
         "cub_dg": 200,
     }
     seen = 0
-    for preset in train.PRESETS.values():
+    for key, preset in train.PRESETS.items():
         config = preset.config
+        assert key not in train.DATASET_NAMES or config.dataset == key
         classes = dense.get(config.dataset, 10)
         picture = config.dataset in dense
         problem = data.Problem(config.dataset, [], classes, "real", None, 3 if picture else 1, 224 if picture else 16)
